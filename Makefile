@@ -1,0 +1,55 @@
+# Every target makes its own virtual environment: `make demo` works in a fresh clone.
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu    # the small CPU build of torch
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.memfit
+JOBS ?= 2
+TORCH_INDEX ?=
+PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INDEX) -c constraints.txt
+
+.PHONY: demo test check format clean tcmalloc
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    fine-tune a real model under a memory budget (about 6 minutes on 2 cores)"
+	@echo "make test    run the tests"
+	@echo "make check   what CI runs: format, lint, types, tests, the README's commands"
+	@echo "make format  rewrite the sources in the house format"
+	@echo "make clean   remove what the other targets made"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Memfit needs Python 3.11 or later: set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras, older than what it was made from: a second `make` installs nothing.
+$(STAMP)-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[$*]'
+	@touch $@
+
+# On CPU the allocator decides much of the peak. Nothing fails without this one; `memfit doctor` says what is used.
+tcmalloc:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! ldconfig -p | grep -q libtcmalloc_minimal; then \
+		timeout 120 apt-get install -y -qq libtcmalloc-minimal4 >/dev/null 2>&1 || true; \
+	fi
+
+demo: $(STAMP)-report,demo tcmalloc
+	$(BIN)/python -m demo.code_search
+
+test: $(STAMP)-dev tcmalloc
+	$(BIN)/python -m pytest -n $(JOBS)
+
+check: $(STAMP)-dev tcmalloc
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(JOBS)
+
+format: $(STAMP)-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks demo -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,80 @@
+"""Compare and hash tensors by their bits: NaN equals NaN, and 0.0 is not -0.0."""
+
+from __future__ import annotations
+
+import torch
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_COLUMNS = 1021  # prime, so that columns of a matrix do not fall onto columns of the hash
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bits as integers; a view."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.dtype is torch.bool:
+        return tensor.view(torch.int8)
+    if not tensor.dtype.is_floating_point:
+        return tensor
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors agree in bits, shape, stride, dtype and lazy conjugate and negative bits."""
+    if a.shape != b.shape or a.stride() != b.stride() or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if a.is_conj() != b.is_conj() or a.is_neg() != b.is_neg():
+        return False
+    return torch.equal(as_integers(a), as_integers(b))
+
+
+def max_ulp(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest distance in units in the last place; ``inf`` for other shapes, or where one of them is no number."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    if not a.dtype.is_floating_point:
+        return 0.0 if torch.equal(a, b) else float("inf")
+    if not bool((a.isnan() == b.isnan()).all()):
+        return float("inf")
+    return float((_ordered(a) - _ordered(b)).abs().where(~a.isnan(), 0).max()) if a.numel() else 0.0
+
+
+def _ordered(tensor: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of the floats: neighbours differ by one."""
+    bits = as_integers(tensor).to(torch.int64)
+    lowest = -(1 << (8 * tensor.element_size() - 1))
+    return torch.where(bits < 0, lowest - bits, bits)
+
+
+def all_equal(tensor: torch.Tensor) -> bool:
+    """Whether every element is the same."""
+    if tensor.numel() == 0:
+        return True
+    first = tensor[(0,) * tensor.dim()]
+    step = max(1, tensor.size(-1) // 7)
+    few = tensor[..., ::step]
+    if few.dim() and few.numel() < tensor.numel() and not torch.equal(few, first.expand_as(few)):
+        return False
+    return torch.equal(tensor, first.expand_as(tensor))
+
+
+def fingerprint(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A position-weighted hash of all bits (two reductions, no temporary of the tensor's size)."""
+    return tuple(hash_on_device(tensor).tolist())
+
+
+def hash_on_device(tensor: torch.Tensor) -> torch.Tensor:
+    """`fingerprint`, left on the device: three int64."""
+    flat = as_integers(tensor.detach()).reshape(-1)
+    length = flat.numel()
+    whole = length - length % _COLUMNS
+    tail = flat[whole:]
+    table = flat[:whole].view(-1, _COLUMNS)
+    rows = table.sum(dim=1, dtype=torch.int64)
+    columns = table.sum(dim=0, dtype=torch.int64)
+    return torch.stack((_weighted(rows), _weighted(columns), _weighted(tail.to(torch.int64))))
+
+
+def _weighted(sums: torch.Tensor) -> torch.Tensor:
+    weights = torch.arange(1, sums.numel() + 1, dtype=torch.int64, device=sums.device)
+    return (sums * (weights * 2654435761 + 40503)).sum()

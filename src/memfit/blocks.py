@@ -1,0 +1,109 @@
+"""Find the blocks of a model: its repeated modules."""
+
+from __future__ import annotations
+
+import torch
+
+from memfit.errors import ModelError
+
+_CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
+_MIN_REPEATS = 2
+
+
+def find_blocks(model: torch.nn.Module, wanted: list[str] | None = None) -> list[tuple[str, torch.nn.Module]]:
+    """The modules that are planned for, outermost first, in the order of `named_modules`.
+
+    Args:
+        model: Any module.
+        wanted: Names to use instead: qualified module names, or class names.
+
+    Returns:
+        ``(qualified name, module)`` of each block. Hugging Face's ``GradientCheckpointingLayer`` are blocks; so are
+        children of containers, and of modules with numbered children, whose class appears at least twice.
+
+    Raises:
+        ModelError: Nothing is repeated, or ``wanted`` names nothing.
+    """
+    if wanted is not None:
+        found = [(n, m) for n, m in model.named_modules() if n in wanted or type(m).__name__ in wanted]
+        missing = [w for w in wanted if not any(w in (n, type(m).__name__) for n, m in found)]
+        if missing:
+            raise ModelError(
+                f"`blocks` names `{missing[0]}`, which is neither a module nor a class of {type(model).__name__}. "
+                "Name modules as `model.named_modules()` does."
+            )
+        return _outermost(found)
+    layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
+    if layers:
+        covered = _outermost(layers)
+        return _in_order(model, covered + _repeated(model, [n for n, _ in covered]))
+    found = _repeated(model, [])
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no repeated modules to plan for. Name its blocks with `blocks=[...]`, as "
+            "`model.named_modules()` does."
+        )
+    return found
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+
+
+def _in_order(model: torch.nn.Module, found: list[tuple[str, torch.nn.Module]]) -> list[tuple[str, torch.nn.Module]]:
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda pair: order[pair[0]])
+
+
+def _repeated(model: torch.nn.Module, covered: list[str]) -> list[tuple[str, torch.nn.Module]]:
+    """Members of lists of modules, where a class with parameters appears more than once in the model's lists."""
+    count: dict[type, int] = {}
+    candidates: list[tuple[str, torch.nn.Module]] = []
+    for name, module in model.named_modules():
+        if any(name == c or name.startswith(f"{c}.") or (c.startswith(f"{name}.") and name) for c in covered):
+            continue
+        if not isinstance(module, _CONTAINERS) and not _numbered(module):
+            continue
+        for child_name, child in module.named_children():
+            if isinstance(child, _CONTAINERS) or not any(True for _ in child.children()):
+                if not isinstance(child, (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)):
+                    continue
+            if not any(True for _ in child.parameters()):
+                continue
+            full = f"{name}.{child_name}" if name else child_name
+            if any(c == full or c.startswith(f"{full}.") for c in covered):
+                continue
+            count[type(child)] = count.get(type(child), 0) + 1
+            candidates.append((full, child))
+    return _outermost([(n, m) for n, m in candidates if count[type(m)] >= _MIN_REPEATS])
+
+
+def _numbered(module: torch.nn.Module) -> bool:
+    """A module whose children bear numbers, or one class several times under its own names."""
+    kinds = [type(child) for child in module.children() if any(True for _ in child.children())]
+    return len(kinds) > len(set(kinds))
+
+
+def _outermost(found: list[tuple[str, torch.nn.Module]]) -> list[tuple[str, torch.nn.Module]]:
+    """Without modules inside others of the list, and each module once."""
+    kept: list[tuple[str, torch.nn.Module]] = []
+    seen: set[int] = set()
+    for name, module in found:
+        if id(module) in seen or any(name.startswith(f"{k}.") for k, _ in kept if k):
+            continue
+        seen.add(id(module))
+        kept.append((name, module))
+    return kept
+
+
+def replayable_children(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The children that become blocks when ``module`` cannot be replayed: those with parameters, through containers."""
+    found: list[tuple[str, torch.nn.Module]] = []
+    for name, child in module.named_children():
+        if isinstance(child, _CONTAINERS):
+            if isinstance(child, torch.nn.Sequential):
+                found.append((name, child))
+            continue
+        if any(True for _ in child.parameters()):
+            found.append((name, child))
+    return found

@@ -1,0 +1,100 @@
+"""Plan a training step without training: what it would save and recompute, and what that costs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memfit.cli.options import add_budget, read_budget
+from memfit.errors import UsageError
+
+EPILOG = """\
+`build()` returns (model, batch) or (model, batch, loss). The batch is passed as the training loop would: a mapping as
+keywords, a tuple as positions. `loss(output, batch)` gives the scalar; by default `output.loss`.
+
+example:
+  memfit plan train.py:build --budget 6GiB -o plan.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `memfit plan`."""
+    parser.add_argument("target", metavar="FILE.py:FUNCTION", help="function that builds the model and a batch")
+    add_budget(parser)
+    parser.add_argument("--optimizer", metavar="NAME", help="optimizer whose state to reserve, such as `sgd`")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the plan for `memfit run --plan FILE`")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Build, plan, print."""
+    options = read_budget(arguments)
+    if arguments.optimizer is not None:
+        options["optimizer"] = arguments.optimizer
+    if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
+        raise UsageError(f"There is no folder for `-o {arguments.output}`.")
+    built = _load(arguments.target)()
+    if not isinstance(built, tuple) or len(built) not in (2, 3):
+        raise UsageError(
+            f"`{arguments.target}` returned {type(built).__name__}: return (model, batch) or (model, batch, loss)."
+        )
+    if len(built) == 3:
+        options["loss"] = built[2]
+    print("memfit: planning one training step", file=sys.stderr)
+    import memfit
+    from memfit.report.text import render_plan
+
+    plan: Any = memfit.plan(built[0], built[1], **options)
+    if arguments.output is not None:
+        plan.save(arguments.output)
+        print(f"memfit: plan written to {arguments.output}", file=sys.stderr)
+    print(json.dumps(json.loads(plan.to_json()), indent=2) if arguments.json else render_plan(plan))
+    return 0
+
+
+def _load(target: str) -> Callable[[], Any]:
+    """The function that `FILE.py:FUNCTION` or `package.module:FUNCTION` names.
+
+    Raises:
+        UsageError: There is no such file, module or function. What the file itself raises passes through.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise UsageError(f"`{target}` does not name a function: write `train.py:build`.")
+    module = _load_file(place) if place.endswith(".py") else _load_module(place)
+    build = getattr(module, name, None)
+    if not callable(build):
+        raise UsageError(f"`{place}` has no function `{name}`.")
+    return build  # type: ignore[no-any-return]
+
+
+def _load_file(place: str) -> Any:
+    if not os.path.isfile(place):
+        raise UsageError(f"There is no file `{place}` in `{os.getcwd()}`.")
+    name = Path(place).stem
+    spec = importlib.util.spec_from_file_location(name, place)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"`{place}` is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, os.path.dirname(os.path.realpath(place)))
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load_module(place: str) -> Any:
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        # A module that the target imports may be missing too: that is the target's error, with its traceback.
+        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+            raise UsageError(f"There is no module `{place}`. For a file write `{place}.py:build`.") from None
+        raise

@@ -1,0 +1,89 @@
+"""What a recorded program costs, as the solver's data.
+
+Seconds come from the recording: each op was run a second time, warm, on the tensors it had read. An op's first touch of
+memory looks several times too dear, so the sum is scaled to the measured forward of the block. Bytes are storages, counted
+once however many views are saved; parameters and what the block's surroundings hold anyway are free.
+"""
+
+from __future__ import annotations
+
+from memfit.profiles import Node, NodeKind, OpCost, ProgramProfile
+from memfit.programs import Program, ProgramNode
+from memfit.timeline import backward_timeline
+
+COPY_BYTES_PER_SECOND = {"cpu": 6e9, "cuda": 1e12}
+"""Rough rates of an element-wise pass, for narrowing; they decide only between forms of the same value."""
+
+
+def profile_program(program: Program, held: frozenset[int] = frozenset()) -> ProgramProfile:
+    """Reduce a recording to numbers.
+
+    Args:
+        program: A verified recording.
+        held: Nodes whose storage something else was seen to keep alive: keeping them is free, dropping them frees nothing.
+    """
+    saved_nodes = [s.value.node for s in program.saved]
+    counts = {n: saved_nodes.count(n) for n in set(saved_nodes)}
+    measured = sum(op.seconds for op in program.ops)
+    scale = min(1.0, program.forward_seconds / measured) if measured > 0 else 1.0
+    nodes = tuple(_node(program, i, node, counts.get(i, 0), i in held) for i, node in enumerate(program.nodes))
+    costs = tuple(
+        OpCost(
+            name=str(op.func),
+            seconds=op.seconds * scale,
+            inputs=op.inputs,
+            outputs=tuple(n for _, n in op.outputs),
+            recomputable=op.recomputable,
+        )
+        for op in program.ops
+    )
+    return ProgramProfile(
+        key=program.key,
+        nodes=nodes,
+        ops=costs,
+        saved=tuple(saved_nodes),
+        outputs=tuple(dict.fromkeys(value.node for value in program.outputs)),
+        timeline=backward_timeline(program),
+        forward_seconds=program.forward_seconds,
+        backward_seconds=2.0 * program.forward_seconds,
+        forward_bytes=program.peak_bytes,
+    )
+
+
+def _node(program: Program, index: int, node: ProgramNode, num_saved: int, held: bool) -> Node:
+    kind: NodeKind = "computed"
+    keep: int | None = None
+    must_keep = False
+    if node.leaf is not None:
+        kind = "input" if node.leaf.kind == "input" else "parameter"
+        if kind == "input":
+            keep = node.storage_bytes if node.requires_grad else 0  # masks and positions are everybody's
+    elif node.producer is None:
+        kind = "constant"
+        keep, must_keep = (0, True) if num_saved else (None, False)
+    elif num_saved:
+        keep = 0 if node.output or held else node.storage_bytes
+        must_keep = not node.recomputable or node.custom
+    narrow = None
+    if num_saved and kind == "computed" and not must_keep and _is_whole(program, index):
+        if node.mask_scale is not None:
+            narrow = node.storage_bytes // node.value.dtype.itemsize
+        elif node.narrow_dtype is not None:
+            narrow = node.storage_bytes // node.value.dtype.itemsize * node.narrow_dtype.itemsize
+    rate = COPY_BYTES_PER_SECOND.get(node.device.type, 6e9)
+    return Node(
+        storage_bytes=node.storage_bytes,
+        kind=kind,
+        producer=node.producer,
+        num_saved=num_saved,
+        keep_bytes=0 if held and keep is not None else keep,
+        narrow_bytes=narrow if narrow and keep else None,
+        narrow_seconds=2.5 * node.storage_bytes / rate if narrow else 0.0,
+        must_keep=must_keep,
+    )
+
+
+def _is_whole(program: Program, index: int) -> bool:
+    """Whether every saved tensor on the node shows all of it in one geometry, so that a narrow copy can stand for it."""
+    node = program.nodes[index]
+    return all(s.value == node.value for s in program.saved if s.value.node == index)

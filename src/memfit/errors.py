@@ -1,0 +1,92 @@
+"""Every deliberate error of Memfit.
+
+Each says what is wrong with its value, the limit that it broke and the way out, and carries its numbers as attributes,
+so that a caller can act on them without reading the message. Positional arguments are the error's state: errors
+survive pickling between processes.
+"""
+
+from __future__ import annotations
+
+
+class MemfitError(Exception):
+    """Base of all deliberate errors; the CLI prints its message without a traceback."""
+
+
+class UsageError(MemfitError):
+    """A call or a command line that cannot mean anything; exit status 2."""
+
+
+class ModelError(MemfitError):
+    """A model, batch, loss or optimizer that cannot be fitted."""
+
+
+class PlanError(MemfitError):
+    """A plan that cannot be read, or that does not belong to the model."""
+
+
+class BudgetError(MemfitError, ValueError):
+    """A budget or a size that cannot be read.
+
+    Attributes:
+        value: What was given.
+    """
+
+    def __init__(self, message: str, value: object = None) -> None:
+        super().__init__(message, value)
+        self.value = value
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class InfeasibleBudgetError(MemfitError):
+    """No plan fits the budget.
+
+    Attributes:
+        budget: The limit that no plan fits, in bytes.
+        minimum: The smallest peak that is possible, in bytes.
+        event: The event of the step that owns that peak, such as ``loss`` or ``backward of model.layers.3``.
+        advice: What would lower it, as sentences.
+    """
+
+    def __init__(self, budget: int, minimum: int, event: str, advice: str | None = None) -> None:
+        super().__init__(budget, minimum, event, advice)
+        self.budget = budget
+        self.minimum = minimum
+        self.event = event
+        self.advice = advice
+
+    def __str__(self) -> str:
+        from memfit.units import format_bytes  # units raises BudgetError, so it imports this module first
+
+        advice = self.advice or "Lower the batch size, or raise `budget`."
+        budget, minimum = format_bytes(self.budget), format_bytes(self.minimum)
+        if budget == minimum:  # three digits hide the difference
+            budget, minimum = f"{budget} ({self.budget} bytes)", f"{minimum} ({self.minimum} bytes)"
+        return f"No plan fits {budget}: the smallest peak is {minimum}, at the {self.event}. {advice}"
+
+
+class RecomputeError(MemfitError):
+    """A recomputed value is not the value of the forward pass.
+
+    Attributes:
+        block: Qualified name of the block.
+        value: The saved tensor that differs.
+        recipe: The ops that brought it back.
+        detail: What was seen, as a sentence.
+    """
+
+    def __init__(self, block: str, value: str, recipe: str, detail: str | None = None) -> None:
+        super().__init__(block, value, recipe, detail)
+        self.block = block
+        self.value = value
+        self.recipe = recipe
+        self.detail = detail
+
+    def __str__(self) -> str:
+        detail = f" {self.detail}" if self.detail else ""
+        return (
+            f"In `{self.block}`, saved tensor {self.value} was recomputed to another value by {self.recipe}.{detail} "
+            "Something that the recording read has changed since the forward pass: undo that change before "
+            "`backward()`, or leave the block out with `blocks=`."
+        )

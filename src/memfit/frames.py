@@ -1,0 +1,402 @@
+"""Frames: what one block call left behind for its backward.
+
+Autograd holds a `Handle` for every tensor that it packed. A handle of a kept value owns its tensor; a handle of a dropped
+value owns the tensors that its recipe reads, so that memory is freed as autograd frees its nodes, whatever the order, and
+nothing is counted (design, rule 18). References run from handle to frame and never back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memfit import canary
+from memfit.errors import RecomputeError
+from memfit.replay import NARROW, CompiledPolicy, Restorer, generator_of, view_of, widen
+from memfit.signature import numeric_flags
+
+Cell = tuple[int, torch.Tensor, int]
+"""A leaf of a recipe: node, tensor, and the version that it must still have."""
+
+
+class Handle:
+    """What autograd keeps instead of a tensor. Copies and pickles without its tensor: inert."""
+
+    __slots__ = ("frame", "index", "leaves", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, index: int) -> None:
+        """Own ``tensor``, the ``index``-th that this call packed."""
+        self.tensor: torch.Tensor | None = tensor
+        self.index = index
+        self.frame: Frame | ReplayOfModule | Kept | None = None
+        self.version = -1
+        self.leaves: tuple[Cell, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _inert_handle, ()
+
+
+def _inert_handle() -> Handle:
+    return Handle(torch.empty(0), -1)
+
+
+def unpack(handle: Handle) -> torch.Tensor:
+    """The unpack hook of every fitted block."""
+    frame = handle.frame
+    if frame is not None:
+        return frame.unpack(handle)
+    return kept(handle)
+
+
+def kept(handle: Handle) -> torch.Tensor:
+    """The tensor of a kept handle, if it is still what was saved. See NOTE [Version counters]."""
+    # NOTE [Version counters]: where hooks are installed, autograd does not compare versions itself. Without this check
+    # a tensor that plain autograd would refuse is returned silently.
+    tensor = handle.tensor
+    assert tensor is not None
+    if tensor._version != handle.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {handle.version} instead."
+        )
+    return tensor
+
+
+class Kept:
+    """Stands behind the first handle of a call that keeps everything, so that its backward is noticed."""
+
+    __slots__ = ("__weakref__", "listener")
+
+    def __init__(self) -> None:
+        """Nothing is listening yet."""
+        self.listener: Callable[[], None] | None = None
+
+    def unpack(self, handle: Handle) -> torch.Tensor:
+        """The kept tensor."""
+        listener, self.listener = self.listener, None
+        if listener is not None:
+            listener()
+        return kept(handle)
+
+
+class Frame:
+    """Replays the dropped values of one block call."""
+
+    __slots__ = (
+        "block",
+        "compiled",
+        "demote",
+        "flags",
+        "hashes",
+        "listener",
+        "lock",
+        "parameters",
+        "__weakref__",
+        "restorer",
+        "samples",
+        "states",
+        "task",
+        "touched",
+    )
+
+    def __init__(self, block: str, compiled: CompiledPolicy) -> None:
+        """A frame of block ``block`` under a policy."""
+        self.block = block
+        self.compiled = compiled
+        self.lock = threading.RLock()
+        self.task = -2
+        self.touched = False
+        self.restorer: Restorer | None = None
+        self.states: dict[int, dict[Any, torch.Tensor]] | None = None
+        self.parameters: dict[int, tuple[torch.Tensor, int, int]] = {}
+        self.samples: dict[int, tuple[torch.Tensor, int]] = {}
+        self.hashes: dict[int, torch.Tensor] | None = None
+        self.flags: tuple[Any, ...] = ()
+        self.listener: Callable[[], None] | None = None
+        self.demote: Callable[[int, float], None] | None = None
+
+    def unpack(self, handle: Handle) -> torch.Tensor:
+        """The tensor behind a handle: as kept, widened, or brought back by its recipe."""
+        with self.lock:
+            if not self.touched:
+                self.touched = True
+                if self.listener is not None:
+                    self.listener()
+            if handle.tensor is not None:
+                return self._kept(handle)
+            task = torch._C._current_graph_task_id()
+            if task != self.task or self.restorer is None:
+                self._begin(task)
+            restorer = self.restorer
+            assert restorer is not None
+            leaves = [(node, self._checked(node, tensor, version)) for node, tensor, version in handle.leaves]
+            if not restorer.has(handle.index):
+                self._add_parameters(handle.index, leaves)
+            if task == -1:
+                self.restorer = None  # not in a backward pass: somebody looks at a graph; keep nothing
+            value = restorer.restore(handle.index, leaves)
+            self._check(handle.index, value)
+            return value
+
+    def _kept(self, handle: Handle) -> torch.Tensor:
+        tensor = kept(handle)
+        action = self.compiled.actions[handle.index]
+        saved = self.compiled.program.saved[handle.index]
+        if action == NARROW:
+            wide = widen(tensor, saved.value.dtype, self.compiled.narrowed[saved.value.node])
+            return view_of(wide, saved.value, self.compiled.bases[saved.value.node])
+        if self.compiled.program.nodes[saved.value.node].custom:
+            return tensor.clone()  # a custom Function may overwrite what it saved (rule 7)
+        return tensor
+
+    def _begin(self, task: int) -> None:
+        """The first dropped value in this backward pass."""
+        self.task = task
+        self.restorer = Restorer(self.compiled, self.states)
+        if task != -1:
+            _passes.add(task, self)
+        if self.flags and self.flags != numeric_flags():
+            raise RecomputeError(
+                self.block,
+                "all",
+                "all",
+                "Threads, precision or determinism flags changed between forward and backward. Set them before the step.",
+            )
+
+    def end(self) -> None:
+        """The backward pass is over: what recipes cached is freed."""
+        with self.lock:
+            self.restorer = None
+            self.task = -2
+            self.touched = False
+
+    def _checked(self, node: int, tensor: torch.Tensor, version: int) -> torch.Tensor:
+        if tensor._version != version:
+            where = "an input" if self.compiled.program.nodes[node].leaf is not None else "a saved value"
+            raise RuntimeError(
+                f"one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{where} of block `{self.block}` that a recipe reads ([{tensor.type()} {list(tensor.shape)}]) is at version "
+                f"{tensor._version}; expected version {version} instead. Write out of place, or keep it: "
+                f"`fit(..., blocks=...)` without this block."
+            )
+        narrow = self.compiled.narrowed.get(node)
+        if narrow is not None:
+            return widen(tensor, self.compiled.bases[node].dtype, narrow)
+        return tensor
+
+    def _add_parameters(self, index: int, leaves: list[tuple[int, torch.Tensor]]) -> None:
+        for node in self.compiled.parameters[index]:
+            tensor, pointer, version = self.parameters[node]
+            if tensor._version != version or tensor.data_ptr() != pointer:
+                leaf = self.compiled.program.nodes[node].leaf
+                name = f"{self.block}.{leaf.owner}.{leaf.name}".replace("..", ".") if leaf is not None else self.block
+                raise RuntimeError(
+                    f"one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"`{name}` changed between forward and backward, and a recipe of block `{self.block}` reads it "
+                    f"(version {tensor._version}, expected {version}). Run the backward before changing weights."
+                )
+            leaves.append((node, tensor))
+
+    def _check(self, index: int, value: torch.Tensor) -> None:
+        """The canary of rule 4."""
+        sample = self.samples.get(index)
+        if sample is not None and not canary.same(value, sample[0], sample[1]):
+            self._differs(index, canary.distance(value, sample[0], sample[1]))
+        if self.hashes is not None:
+            expected = self.hashes.get(index)
+            if expected is not None and not canary.same_hash(value, expected):
+                self._differs(index, float("nan"))
+
+    def _differs(self, index: int, ulp: float) -> None:
+        program = self.compiled.program
+        value = program.saved[index].value
+        recipe = " -> ".join(str(program.ops[i].func).removeprefix("aten.") for i in self.compiled.closures[index])
+        if ulp <= canary.FEW_ULP and self.demote is not None:
+            self.demote(value.node, ulp)
+            return
+        raise RecomputeError(
+            self.block,
+            f"saved tensor {index} {list(value.size)}",
+            recipe or "the block's input",
+            "The recomputed value is not what the forward saved: something outside the block's arguments, parameters and "
+            "attributes changed what it computes. Step again without Memfit for this block, or make the change visible as "
+            "an argument or attribute.",
+        )
+
+
+class ReplayOfModule:
+    """Fallback: bring all saved tensors of a block back by running its forward again.
+
+    Only for blocks whose recording wrote nothing and drew no Python randomness (rule 13).
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "args",
+        "autocast",
+        "block",
+        "hashes",
+        "kwargs",
+        "listener",
+        "lock",
+        "metas",
+        "module",
+        "samples",
+        "states",
+        "task",
+        "touched",
+        "values",
+        "versions",
+    )
+
+    def __init__(self, block: str, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        """A frame that calls ``module.forward(*args, **kwargs)`` again; tensors in the arguments are detached aliases."""
+        self.block = block
+        self.module = module
+        self.args = args
+        self.kwargs = kwargs
+        self.lock = threading.RLock()
+        self.metas: list[tuple[Any, ...]] = []
+        self.samples: dict[int, tuple[torch.Tensor, int]] = {}
+        self.states: dict[torch.device, torch.Tensor] = {}
+        self.autocast: tuple[str, Any, bool] | None = None
+        self.values: dict[int, torch.Tensor] = {}
+        self.versions: list[tuple[torch.Tensor, int, int]] = []
+        self.task = -2
+        self.touched = False
+        self.listener: Callable[[], None] | None = None
+        self.hashes: dict[int, torch.Tensor] | None = None
+
+    def unpack(self, handle: Handle) -> torch.Tensor:
+        """The tensor behind a handle."""
+        with self.lock:
+            if not self.touched:
+                self.touched = True
+                if self.listener is not None:
+                    self.listener()
+            if handle.tensor is not None:
+                return kept(handle)
+            task = torch._C._current_graph_task_id()
+            if handle.index not in self.values:
+                self._run()
+                if task != -1 and task != self.task:
+                    self.task = task
+                    _passes.add(task, self)
+            value = self.values.pop(handle.index)
+            if task == -1:
+                self.values.clear()
+            sample = self.samples.get(handle.index)
+            if sample is not None and not canary.same(value, sample[0], sample[1]):
+                raise RecomputeError(
+                    self.block,
+                    f"saved tensor {handle.index} {list(value.shape)}",
+                    "the whole block, run again",
+                    "The block computed something else the second time: it depends on more than its arguments, parameters "
+                    "and torch's generators. Exclude it with `blocks=`.",
+                )
+            return value
+
+    def end(self) -> None:
+        """The backward pass is over."""
+        with self.lock:
+            self.values.clear()
+            self.task = -2
+            self.touched = False
+
+    def _run(self) -> None:
+        for tensor, version, pointer in self.versions:
+            if tensor._version != version or tensor.data_ptr() != pointer:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"an input or parameter of block `{self.block}` changed between forward and backward, and the block "
+                    f"has to run again ([{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected "
+                    f"version {version} instead)."
+                )
+        found: list[torch.Tensor] = []
+        wanted = len(self.metas)
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            found.append(tensor.detach())
+            if len(found) == wanted:
+                raise _AllPacked
+            return tensor
+
+        before = {device: generator_of(device).get_state() for device in self.states}
+        for device, state in self.states.items():
+            generator_of(device).set_state(state)
+        device_type, dtype, cache = self.autocast or ("cpu", None, False)
+        try:
+            with (
+                torch.enable_grad(),
+                torch._C._DisableTorchDispatch(),
+                torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache),
+                torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            ):
+                try:
+                    self.module.forward(*self.args, **self.kwargs)
+                except _AllPacked:
+                    pass
+        finally:
+            for device, state in before.items():
+                generator_of(device).set_state(state)
+        for index, (tensor, meta) in enumerate(zip(found, self.metas, strict=False)):
+            if canary.meta(tensor) != meta:
+                raise self._mismatch(f"saved tensor {index} is {canary.meta(tensor)}, was {meta}")
+        if len(found) != wanted:
+            raise self._mismatch(f"{len(found)} saved tensors, were {wanted}")
+        self.values = dict(enumerate(found))
+
+    def _mismatch(self, detail: str) -> RecomputeError:
+        return RecomputeError(self.block, "all saved tensors", "the whole block, run again", f"The second run differs: {detail}.")
+
+
+class _AllPacked(Exception):  # noqa: N818 - control flow, not an error
+    """Everything that is needed has been packed: the rest of the forward need not run."""
+
+
+class _Passes:
+    """Which frames cached values in which backward pass; cleared by a callback at its end."""
+
+    def __init__(self) -> None:
+        self._frames: dict[int, list[Frame | ReplayOfModule]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, task: int, frame: Frame | ReplayOfModule) -> None:
+        with self._lock:
+            frames = self._frames.get(task)
+            if frames is not None:
+                frames.append(frame)
+                return
+            stale = [t for t in self._frames if t < task - 64]  # their backward raised: no callback ran
+            for t in stale:
+                for old in self._frames.pop(t):
+                    old.end()
+            self._frames[task] = [frame]
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self.finish(task))  # type: ignore[attr-defined]
+
+    def finish(self, task: int) -> None:
+        with self._lock:
+            frames = self._frames.pop(task, [])
+        for frame in frames:
+            frame.end()
+
+    def clear(self) -> None:
+        """Forget the caches of backward passes that never ended."""
+        with self._lock:
+            passes, self._frames = self._frames, {}
+        for frames in passes.values():
+            for frame in frames:
+                frame.end()
+
+
+_passes = _Passes()
+
+
+def forget_failed_passes() -> None:
+    """Free what recipes cached in a backward that raised; called when the next forward begins."""
+    if _passes._frames and torch._C._current_graph_task_id() == -1:
+        _passes.clear()
+

@@ -1,0 +1,1 @@
+"""What other systems need: each one small file."""

@@ -1,0 +1,220 @@
+"""Profile a live training step: memory at every block boundary, counted from outside.
+
+While a step is profiled, freed memory is handed back at each boundary of a block call, so that what the process holds is
+what is alive. From that and what the frames are known to hold follows what lies *outside* the blocks at each moment:
+weights, gradients born so far, optimizer state, logits, libraries. It is measured, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from memfit.memory import Meter
+from memfit.profiles import BlockCall, ProgramProfile, StepEvent, StepProfile
+from memfit.solver.working_set import kept_bytes
+
+if TYPE_CHECKING:
+    from memfit.calls import Call
+    from memfit.plans import Policy
+
+
+@dataclass(slots=True)
+class CallReading:
+    """What was read around one block call, in bytes."""
+
+    name: str
+    mode: str = ""
+    program: str = ""
+    policy: Policy | None = None
+    forward_start: int = 0
+    forward_peak: int = 0
+    backward_start: int | None = None
+    gradients: int = 0
+    backward_order: int = -1
+
+
+@dataclass(slots=True)
+class Reading:
+    """A profiled step.
+
+    Attributes:
+        start_bytes: Held when it began, gradients that were there included.
+        start_gradients: Of which gradients.
+        start_state: Of which optimizer state.
+        loss_peak: Highest between the last forward and the first backward of a block.
+        end_peak: Highest since the last block's backward began.
+        optimizer_peak: Highest around the optimizer's step, if one ended within the reading.
+    """
+
+    start_bytes: int
+    start_gradients: int
+    start_state: int
+    calls: list[CallReading] = field(default_factory=list)
+    loss_peak: int = 0
+    end_peak: int = 0
+    optimizer_peak: int | None = None
+    optimizer_state: int = 0
+    gradients_end: int = 0
+
+
+class Profiler:
+    """Listens to the runtime during one step."""
+
+    def __init__(self, meter: Meter, gradients: Callable[[], int], state: Callable[[], int]) -> None:
+        """Begin a reading.
+
+        Args:
+            meter: Of the model's device.
+            gradients: Bytes of the model's gradients now.
+            state: Bytes of the optimizer's state now.
+        """
+        self._meter = meter
+        self._gradients = gradients
+        self._num_backward = 0
+        self.reading = Reading(start_bytes=self._settled(), start_gradients=gradients(), start_state=state())
+        meter.reset_peak()
+
+    def _settled(self) -> int:
+        self._meter.release()
+        return self._meter.now() if self._meter.device.type == "cpu" else self._meter.allocated()
+
+    def _peak(self) -> int:
+        return self._meter.peak() if self._meter.device.type == "cpu" else self._meter.allocated_peak()
+
+    def block_entered(self, call: Call) -> None:
+        """A block's forward begins."""
+        self.reading.calls.append(CallReading(call.block.name, forward_start=self._settled()))
+        self._meter.reset_peak()
+
+    def block_left(self, call: Call) -> None:
+        """A block's forward has ended."""
+        read = self.reading.calls[-1]
+        read.forward_peak = self._peak()
+        read.mode, read.program, read.policy = call.mode, call.program_key, call.policy
+        self._settled()
+        self._meter.reset_peak()
+
+    def backward_entered(self, index: int) -> None:
+        """The first saved tensor of a block call was asked for."""
+        if index >= len(self.reading.calls) or self.reading.calls[index].backward_start is not None:
+            return
+        if self._num_backward == 0:
+            self.reading.loss_peak = self._peak()
+        read = self.reading.calls[index]
+        read.backward_order = self._num_backward
+        self._num_backward += 1
+        read.backward_start = self._settled()
+        read.gradients = self._gradients()
+        self._meter.reset_peak()
+
+    def backward_ended(self) -> None:
+        """The optimizer is about to step, or the next forward to begin."""
+        if self.reading.end_peak == 0:
+            self.reading.end_peak = self._peak()
+            self.reading.gradients_end = self._gradients()
+            self._settled()
+            self._meter.reset_peak()
+
+    def optimizer_stepped(self, state: int) -> None:
+        """The optimizer has stepped: its temporaries, and the state that was born, are in the peak."""
+        self.reading.optimizer_peak = self._peak()
+        self.reading.optimizer_state = state
+
+    @property
+    def complete(self) -> bool:
+        """Whether forward and backward of at least one planned call were seen."""
+        return any(c.backward_start is not None for c in self.reading.calls)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Now:
+    """How the coming steps differ from the profiled one.
+
+    Attributes:
+        gradients_start: Bytes of gradients that are there before the forward.
+        state_bytes: Optimizer state, born or reserved.
+        gradients_end: Bytes of gradients when the backward has ended.
+    """
+
+    gradients_start: int
+    state_bytes: int
+    gradients_end: int
+
+
+def step_profile(
+    reading: Reading, programs: dict[str, ProgramProfile], now: Now, *, device: torch.device, step_seconds: float
+) -> tuple[StepProfile, list[int]]:
+    """What a reading says about the coming steps.
+
+    Returns:
+        The profile, and for each of its calls the index of the block call in the step (calls that are not replayed are
+        part of what lies outside).
+    """
+    replayed = [i for i, c in enumerate(reading.calls) if c.mode == "replay" and c.program in programs]
+    place = {index: number for number, index in enumerate(replayed)}
+    held = [
+        kept_bytes(programs[c.program], c.policy) if i in place and c.policy is not None else 0
+        for i, c in enumerate(reading.calls)
+    ]
+    state = max(0, now.state_bytes - reading.start_state)
+    more = max(0, now.gradients_start - reading.start_gradients)
+    events: list[StepEvent] = []
+    before: list[int] = []
+    base = reading.start_bytes + state + more
+    for index, call in enumerate(reading.calls):
+        live = tuple(place[i] for i in before if i in place)
+        outside = max(call.forward_start - sum(held[i] for i in before) + state + more, 0)
+        if index in place:
+            events.append(
+                StepEvent(name=f"forward of {call.name}", kind="forward", call=place[index], live_calls=live, outside_bytes=outside)
+            )
+        else:
+            peak = max(call.forward_peak - sum(held[i] for i in before) + state + more, outside)
+            events.append(StepEvent(name=f"forward of {call.name}", kind="outside", live_calls=live, outside_bytes=peak))
+        before.append(index)
+    everything = tuple(range(len(replayed)))
+    events.append(
+        StepEvent(
+            name="loss",
+            kind="outside",
+            live_calls=everything,
+            outside_bytes=max(reading.loss_peak - sum(held) + state + more, base),
+        )
+    )
+    order = sorted((i for i, c in enumerate(reading.calls) if c.backward_start is not None), key=lambda i: reading.calls[i].backward_order)
+    gone: set[int] = set()
+    for index in order:
+        call = reading.calls[index]
+        assert call.backward_start is not None
+        alive = [i for i in range(len(reading.calls)) if i not in gone]
+        born = max(0, call.gradients - reading.start_gradients)
+        outside = call.backward_start - sum(held[i] for i in alive) + state + max(0, more - born)
+        live = tuple(place[i] for i in alive if i in place and i != index)
+        if index in place:
+            events.append(
+                StepEvent(
+                    name=f"backward of {call.name}", kind="backward", call=place[index], live_calls=live, outside_bytes=max(outside, 0)
+                )
+            )
+        gone.add(index)
+    end = reading.end_peak - (held[order[-1]] if order else 0) + state
+    if order and order[-1] not in place:
+        events.append(StepEvent(name="end of backward", kind="outside", outside_bytes=max(end, 0)))
+    if reading.optimizer_peak is not None:
+        events.append(StepEvent(name="optimizer", kind="outside", outside_bytes=reading.optimizer_peak + max(0, more - reading.gradients_end)))
+    events.append(StepEvent(name="optimizer", kind="outside", outside_bytes=base - now.gradients_start + max(now.gradients_end, now.gradients_start)))
+    used = {reading.calls[i].program for i in replayed}
+    calls = tuple(BlockCall(name=reading.calls[i].name, program=reading.calls[i].program) for i in replayed)
+    inside = sum(programs[c.program].forward_seconds + programs[c.program].backward_seconds for c in calls)
+    profile = StepProfile(
+        device=str(device),
+        programs={key: programs[key] for key in sorted(used)},
+        calls=calls,
+        events=tuple(events),
+        outside_seconds=max(0.0, step_seconds - inside),
+    )
+    return profile, replayed

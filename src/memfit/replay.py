@@ -1,0 +1,361 @@
+"""Bring dropped values back: recipes compiled from a program and a policy, run op by op.
+
+`compile_policy` decides once per (program, policy) everything that can be decided without tensors: for each dropped saved
+tensor its *closure*, the ops that lead from what is still there to its node, in program order; which leaves they read;
+how often each node is used. `Restorer` then runs closures during one backward: each op once, results cached until their
+last use. Nothing here is recursive at run time, and no value is derived by calling the model's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memfit import canary
+from memfit.errors import MemfitError
+from memfit.plans import Policy
+from memfit.programs import Program, ProgramOp, Ref, Value, refs
+
+SAVE, RECOMPUTE, NARROW = 0, 1, 2
+
+Environment = dict[int, torch.Tensor]
+Step = Callable[[Environment, list[int]], None]
+
+
+@dataclass(slots=True)
+class CompiledPolicy:
+    """A policy, ready to run.
+
+    Attributes:
+        policy: What was compiled.
+        program: For which program.
+        actions: Per saved tensor: `SAVE`, `RECOMPUTE` or `NARROW`.
+        closures: Per saved tensor: ops to run, in program order (empty where none is needed).
+        leaves: Per saved tensor: nodes among inputs and kept values that its closure reads, itself included.
+        parameters: Per saved tensor: parameter and buffer nodes that its closure reads.
+        inputs: Input nodes that the frame has to hold, with the index of the tensor argument.
+        parameter_nodes: All parameter nodes read by any closure.
+        kept: Kept saved node -> the saved tensor that shows it to recipes.
+        bases: Node -> the geometry of the tensor that stands for it in an environment.
+        uses: Per node: how many closure ops and dropped saved tensors use it.
+        steps: Per op.
+        snapshots: Number of packed tensors after which the generator's state is taken -> random ops.
+        dropped: Saved tensors that are recomputed.
+        patterns: Where the canary samples each of them.
+        narrowed: Kept node -> (narrow dtype or None for a mask, scale).
+    """
+
+    policy: Policy
+    program: Program
+    actions: list[int]
+    closures: list[tuple[int, ...]]
+    leaves: list[tuple[int, ...]]
+    parameters: list[tuple[int, ...]]
+    inputs: dict[int, int]
+    parameter_nodes: tuple[int, ...]
+    kept: dict[int, int]
+    bases: dict[int, Value]
+    uses: list[int]
+    steps: dict[int, Step]
+    snapshots: tuple[int, ...]
+    narrowed: dict[int, tuple[torch.dtype | None, float]]
+    dropped: tuple[int, ...]
+    patterns: tuple[tuple[int, int], ...]
+
+
+def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
+    """Turn a policy into closures and steps.
+
+    Raises:
+        MemfitError: The policy drops a value that nothing can bring back.
+    """
+    kept_nodes = set(policy.kept) | set(policy.narrowed)
+    first_saved: dict[int, int] = {}
+    for index, saved in enumerate(program.saved):
+        first_saved.setdefault(saved.value.node, index)
+    available: dict[int, str] = {}
+    for number, node in enumerate(program.nodes):
+        if node.leaf is not None:
+            if node.leaf.kind != "input":
+                available[number] = "parameter"
+            elif number in kept_nodes:
+                available[number] = "input"
+        elif number in kept_nodes and number in first_saved and not node.custom:
+            available[number] = "kept"
+    actions, closures, leaves, parameters = [], [], [], []
+    bases: dict[int, Value] = {}
+    kept: dict[int, int] = {}
+    inputs: dict[int, int] = {}
+    all_ops: set[int] = set()
+    for index, saved in enumerate(program.saved):
+        number = saved.value.node
+        node = program.nodes[number]
+        if number in policy.narrowed:
+            actions.append(NARROW)
+        elif number in kept_nodes or not _droppable(program, number) or available.get(number) == "parameter":
+            actions.append(SAVE)
+        else:
+            actions.append(RECOMPUTE)
+        if actions[-1] != RECOMPUTE:
+            closures.append(())
+            leaves.append(())
+            parameters.append(())
+            continue
+        closure, read = _closure(program, number, available)
+        closures.append(closure)
+        all_ops.update(closure)
+        leaves.append(tuple(n for n in read if available[n] != "parameter"))
+        parameters.append(tuple(n for n in read if available[n] == "parameter"))
+        for n in leaves[-1]:
+            leaf = program.nodes[n].leaf
+            if leaf is not None:
+                inputs[n] = leaf.index
+            else:
+                kept[n] = first_saved[n]
+    for n, index in kept.items():
+        bases[n] = program.saved[index].value
+    for number, node in enumerate(program.nodes):
+        if number not in kept:
+            bases[number] = node.value
+    uses = [0] * len(program.nodes)
+    for op_index in all_ops:
+        for n in program.ops[op_index].inputs:
+            uses[n] += 1
+    for index, action in enumerate(actions):
+        if action == RECOMPUTE:
+            uses[program.saved[index].value.node] += 1
+    dropped = [i for i, action in enumerate(actions) if action == RECOMPUTE]
+    narrowed = {}
+    for n in policy.narrowed:
+        node = program.nodes[n]
+        narrowed[n] = (None, float(node.mask_scale)) if node.mask_scale is not None else (node.narrow_dtype, 1.0)
+    return CompiledPolicy(
+        policy=policy,
+        program=program,
+        actions=actions,
+        closures=closures,
+        leaves=leaves,
+        parameters=parameters,
+        inputs=inputs,
+        parameter_nodes=tuple(sorted({n for group in parameters for n in group})),
+        kept=kept,
+        bases=bases,
+        uses=uses,
+        steps={i: _compile_step(program, program.ops[i], bases, kept) for i in all_ops},
+        snapshots=tuple(sorted({s for i in all_ops if (s := program.ops[i].snapshot) is not None})),
+        narrowed=narrowed,
+        dropped=tuple(dropped),
+        patterns=tuple(canary.pattern(program.saved[i].value) for i in dropped),
+    )
+
+
+def _droppable(program: Program, number: int) -> bool:
+    node = program.nodes[number]
+    if node.leaf is not None:
+        return node.leaf.kind == "input"
+    return node.recomputable
+
+
+def _closure(program: Program, number: int, available: dict[int, str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ops that make node ``number`` from available nodes, in program order, and the available nodes that they read."""
+    wanted, run, read = [number], set(), set()
+    while wanted:
+        n = wanted.pop()
+        if n in available:
+            read.add(n)
+            continue
+        producer = program.nodes[n].producer
+        if producer is None or not program.ops[producer].recomputable:
+            raise MemfitError(
+                f"No recipe leads to node {n} of program {program.key}: {program.nodes[n].reason or 'not kept'}. Keep it."
+            )
+        if producer in run:
+            continue
+        run.add(producer)
+        op = program.ops[producer]
+        wanted.extend(op.inputs)
+    return tuple(sorted(run)), tuple(sorted(read))
+
+
+def view_of(base: torch.Tensor, value: Value, shown: Value) -> torch.Tensor:
+    """The view ``value`` of a storage that ``base`` shows as ``shown``."""
+    if value.size == shown.size and value.stride == shown.stride and value.offset == shown.offset:
+        return base
+    return base.as_strided(value.size, value.stride, base.storage_offset() + value.offset - shown.offset)
+
+
+def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept: dict[int, int]) -> Step:
+    """One op as a function of an environment. Decrements the uses of what it reads, and frees at zero."""
+    func = op.func._op
+    flat = all(isinstance(a, Ref) or not refs(a) for a in op.args) and not refs(op.kwargs)
+    slots = tuple((i, a.value) for i, a in enumerate(op.args) if isinstance(a, Ref) and a.value.node >= 0)
+    outputs = tuple(op.outputs)
+    reads = op.inputs
+    target = op.target
+    kwargs = op.kwargs
+    template = list(op.args)
+
+    def build(structure: Any, env: Environment) -> Any:
+        if isinstance(structure, Ref):
+            if structure.value.node < 0:
+                return None  # what the op overwrites: filled in by the step
+            return view_of(env[structure.value.node], structure.value, bases[structure.value.node])
+        if isinstance(structure, tuple):
+            return [build(item, env) for item in structure]
+        if isinstance(structure, dict):
+            return {key: build(item, env) for key, item in structure.items()}
+        return structure
+
+    def arguments(env: Environment) -> tuple[list[Any], dict[str, Any]]:
+        if not flat:
+            return [build(a, env) for a in template], build(kwargs, env)
+        args = template.copy()
+        for i, value in slots:
+            args[i] = view_of(env[value.node], value, bases[value.node])
+        return args, kwargs
+
+    def release(env: Environment, uses: list[int]) -> None:
+        for n in reads:
+            uses[n] -= 1
+            if uses[n] <= 0:
+                env.pop(n, None)
+
+    if target is None:
+
+        def step(env: Environment, uses: list[int]) -> None:
+            args, keywords = arguments(env)
+            result = func(*args, **keywords)
+            del args
+            for position, node in outputs:
+                if uses[node] > 0:
+                    env[node] = result if position is None else result[position]
+            release(env, uses)
+
+        return step
+
+    position, made = op.target_at, outputs[0][1]
+    device = program.nodes[made].device
+    owned = target.node not in kept and program.nodes[target.node].leaf is None
+
+    def step_in_place(env: Environment, uses: list[int]) -> None:
+        # NOTE [Writes of recipes]: only a storage that this recipe made, and that nothing else will read, is written.
+        if op.overwrites:
+            base = torch.empty_strided(target.size, target.stride, dtype=target.dtype, device=device)
+            written = base
+        else:
+            base = env[target.node]
+            if uses[target.node] > 1 or not owned:
+                base = base.clone()
+            written = view_of(base, target, bases[target.node])
+        args, keywords = arguments(env)
+        args[position] = written
+        func(*args, **keywords)
+        release(env, uses)
+        if uses[made] > 0:
+            env[made] = base
+
+    return step_in_place
+
+
+class Restorer:
+    """Runs the closures of one frame during one backward pass.
+
+    Not thread-safe by itself: the frame holds its lock around `restore`.
+    """
+
+    __slots__ = ("_compiled", "_done", "_states", "_uses", "env")
+
+    def __init__(self, compiled: CompiledPolicy, states: dict[int, dict[Any, torch.Tensor]] | None) -> None:
+        """Start a pass.
+
+        Args:
+            compiled: The policy.
+            states: Generator states by snapshot, see `CompiledPolicy.snapshots`.
+        """
+        self._compiled = compiled
+        self._uses = compiled.uses.copy()
+        self._done: set[int] = set()
+        self._states = states
+        self.env: Environment = {}
+
+    def has(self, index: int) -> bool:
+        """Whether the saved tensor ``index`` can be given without running anything."""
+        return self._compiled.program.saved[index].value.node in self.env
+
+    def restore(self, index: int, leaves: Iterable[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        """The saved tensor ``index``, which the policy dropped.
+
+        Args:
+            index: Its position in pack order.
+            leaves: What its closure may read, as (node, tensor); already checked.
+        """
+        compiled = self._compiled
+        value = compiled.program.saved[index].value
+        env, uses = self.env, self._uses
+        base = env.get(value.node)
+        if base is None:
+            closure = [i for i in compiled.closures[index] if i not in self._done]
+            if closure and compiled.program.nodes[value.node].producer in self._done:
+                return Restorer(compiled, self._states).restore(index, leaves)  # asked for again in the same pass
+            for node, tensor in leaves:
+                env[node] = tensor
+            run_ops(compiled, closure, env, uses, self._states)
+            self._done.update(closure)
+            base = env[value.node]
+            for node, _ in leaves:
+                if node != value.node:
+                    env.pop(node, None)
+        out = view_of(base, value, compiled.bases[value.node])
+        uses[value.node] -= 1
+        if uses[value.node] <= 0:
+            env.pop(value.node, None)
+        return out
+
+
+def run_ops(
+    compiled: CompiledPolicy,
+    closure: Iterable[int],
+    env: Environment,
+    uses: list[int],
+    states: dict[int, dict[Any, torch.Tensor]] | None,
+) -> None:
+    """Run ops in order, below autograd and autocast, outside any mode; random ops from the states of the forward."""
+    program = compiled.program
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast(), torch._C._DisableTorchDispatch():
+        for index in closure:
+            op = program.ops[index]
+            step = compiled.steps[index]
+            if not op.random:
+                step(env, uses)
+                continue
+            device = program.nodes[op.outputs[0][1]].device
+            generator = generator_of(device)
+            assert states is not None and op.snapshot is not None
+            before = generator.get_state()
+            generator.set_state(states[op.snapshot][device.type])
+            try:
+                step(env, uses)
+            finally:
+                generator.set_state(before)
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The default generator of a device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
+
+
+def widen(tensor: torch.Tensor, dtype: torch.dtype, narrow: tuple[torch.dtype | None, float]) -> torch.Tensor:
+    """Undo `narrow_form`."""
+    wide = tensor.to(dtype)
+    return wide.mul_(narrow[1]) if narrow[0] is None and narrow[1] != 1.0 else wide
+
+
+def narrow_form(tensor: torch.Tensor, narrow: tuple[torch.dtype | None, float]) -> torch.Tensor:
+    """The smaller tensor that carries the same information: a bool mask, or the dtype before the upcast."""
+    return tensor != 0 if narrow[0] is None else tensor.to(narrow[0])
+

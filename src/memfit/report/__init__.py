@@ -1,0 +1,1 @@
+"""A summary, and how it is shown."""

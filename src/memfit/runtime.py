@@ -1,0 +1,511 @@
+"""Apply policies to an unchanged model: two hooks on each block, and saved-tensor hooks while it runs.
+
+A `Runtime` belongs to one model. The pre-forward hook of a block finds the recording for the call's signature, or starts
+one; while the forward runs, the pack hook only parks. The post-forward hook compares the call with its recording and only
+then drops what the policy recomputes (late drop, rule 1). On any difference the call keeps everything, and the block is
+recorded again.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from memfit import graph
+from memfit.bits import max_ulp, same_bits
+from memfit.blocks import replayable_children
+from memfit.calls import Call, Entry, ProgramState, park, park_and_snapshot
+from memfit.frames import Frame, ReplayOfModule, forget_failed_passes
+from memfit.plans import Policy
+from memfit.programs import Leaf, Program
+from memfit.replay import Restorer
+from memfit.signature import Watch, autocast_state, describe, flatten, numeric_flags, output_tensors, parameter_slots
+from memfit.trace import Recorder
+
+VERIFIED_CALLS = 3
+GRAPH_CHECKED_CALLS = 8
+GRAPH_CHECK_PERIOD = 16
+MAX_PROGRAMS_PER_BLOCK = 48
+MAX_RECORDINGS_IN_A_ROW = 8
+
+
+class Listener(Protocol):
+    """What an autopilot wants to hear of while it profiles."""
+
+    def block_entered(self, call: Call) -> None:
+        """A block's forward begins."""
+
+    def block_left(self, call: Call) -> None:
+        """A block's forward has ended, and its frame stands."""
+
+    def backward_entered(self, index: int) -> None:
+        """The first saved tensor of block call ``index`` was asked for."""
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """One module that Memfit plans for.
+
+    Attributes:
+        name: Qualified name in the model.
+        mode: ``replay``, ``descent``, ``fallback`` or ``plain``.
+        reason: Why not replay.
+        parent: The descended block that it belongs to.
+    """
+
+    name: str
+    module: torch.nn.Module
+    mode: str = "replay"
+    reason: str = ""
+    parent: str = ""
+    entries: dict[Any, Entry] = field(default_factory=dict)
+    watch: Watch | None = None
+    watched: int = -1
+    slots: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    recordings_in_a_row: int = 0
+    unsteady: int = 0
+
+
+class Runtime:
+    """The hooks of one fitted model."""
+
+    def __init__(self, model: torch.nn.Module, blocks: Iterable[tuple[str, torch.nn.Module]]) -> None:
+        """Install hooks on ``blocks``; every call keeps everything until `choose` says otherwise."""
+        self.model = model
+        self.blocks: list[Block] = []
+        self.states: dict[str, ProgramState] = {}
+        self.calls: list[Call] = []  # of the step so far
+        self.choose: Callable[[ProgramState, int, str], Policy | None] = lambda state, index, name: None
+        self.listener: Listener | None = None
+        self.step_began: Callable[[], None] = lambda: None
+        self.backward_seen = False
+        self._begun = False
+        self._first_frame: weakref.ref[Frame | ReplayOfModule] | None = None
+        self.active = True
+        self.generation = 0
+        self.notes: dict[str, str] = {}
+        self.recorded = 0
+        self.record_seconds = 0.0
+        self.mismatches = 0
+        self._hash_turn: dict[str, int] = {}
+        self._local = threading.local()
+        self._root_hooks = [model.register_forward_pre_hook(_RootHook(self))]
+        for name, module in blocks:
+            self.add_block(name, module)
+
+    # Installing and removing
+
+    def add_block(self, name: str, module: torch.nn.Module, parent: str = "", at: int | None = None) -> Block:
+        """Hook one more block."""
+        block = Block(name=name, module=module, parent=parent)
+        block.slots = list(parameter_slots(module))
+        block.hooks = [
+            module.register_forward_pre_hook(_PreHook(self, block), with_kwargs=True),
+            module.register_forward_hook(_PostHook(self, block), with_kwargs=True, always_call=True, prepend=True),
+        ]
+        self.blocks.insert(len(self.blocks) if at is None else at, block)
+        return block
+
+    def remove(self) -> None:
+        """Take every hook off; frames that are still alive go on working."""
+        self.active = False
+        self.pop_stale()
+        for hook in self._root_hooks:
+            hook.remove()
+        for block in self.blocks:
+            for hook in block.hooks:
+                hook.remove()
+            block.hooks = []
+        self.calls = []
+
+    def note(self, key: str, text: str) -> None:
+        """Something that the report says."""
+        self.notes.setdefault(key, text)
+
+    def pop_stale(self) -> None:
+        """Pop hooks and modes that a KeyboardInterrupt left behind (rule 17)."""
+        stack = self._stack()
+        while stack:
+            stack.pop().close()
+
+    def _stack(self) -> list[Call]:
+        stack: list[Call] | None = getattr(self._local, "stack", None)
+        if stack is None:
+            stack = self._local.stack = []
+        return stack
+
+    # Steps
+
+    def begin_if_new(self) -> None:
+        """A forward begins: does a new step begin with it? Only after a backward, or when the last graph was dropped."""
+        if self._begun and not self.calls:
+            return
+        if self.calls and not self.backward_seen:
+            first = self._first_frame
+            if first is None or first() is not None:
+                return  # several forwards before one backward
+        if self._stack():
+            return
+        self.step_began()
+        self._begun = True
+        self.calls = []
+        self.backward_seen = False
+        self._first_frame = None
+        self.generation += 1
+
+    def _backward_entered(self, index: int) -> None:
+        self.backward_seen = True
+        if self.listener is not None:
+            self.listener.backward_entered(index)
+
+    # A block call
+
+    def before(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The pre-forward hook."""
+        if not torch.is_grad_enabled() or not self.active:
+            return
+        stack = self._stack()
+        if stack:
+            if stack[-1].nested(block):
+                return
+            self.pop_stale()
+        why = _steps_aside()
+        if why:
+            self.note(f"aside {why}", f"stepped aside: {why}")
+            return
+        if block.mode == "plain" or block.mode == "descent":
+            return
+        forget_failed_passes()
+        if self.backward_seen or not self.calls:
+            self.begin_if_new()
+        tensors: list[torch.Tensor] = []
+        key: list[Any] = []
+        flatten(args, tensors, key)
+        flatten(kwargs, tensors, key)
+        if block.watched != self.generation:
+            self._watch(block)
+        device = tensors[0].device.type if tensors else "cpu"
+        signature = (tuple(key), describe(tensors), block.module.training, autocast_state(device), numeric_flags())
+        call = Call(block, len(self.calls), tensors, args, kwargs)
+        self.calls.append(call)
+        if self.listener is not None:
+            self.listener.block_entered(call)
+        entry = block.entries.get(signature)
+        if entry is None:
+            entry = self._adopt(block, signature)
+        call.signature = signature
+        if block.mode == "fallback":
+            call.compiled = None
+            call.open(park(call), _RandomStates(tensors))
+        elif entry is None or entry.record_again:
+            self._start_recording(call)
+        else:
+            call.entry = entry
+            policy = self.choose(entry.state, call.index, block.name)
+            call.compiled = entry.state.compile(policy)
+            if call.compiled.snapshots:
+                call.open(park_and_snapshot(call), None)
+            else:
+                call.open(park(call), None)
+        stack.append(call)
+
+    def after(self, block: Block, output: Any) -> None:
+        """The post-forward hook, also on exceptions (``output`` is ``None`` then)."""
+        stack = self._stack()
+        if not stack or stack[-1].block is not block:
+            return
+        call = stack.pop()
+        call.close()
+        failed = sys.exc_info()[0] is not None and output is None
+        if failed:
+            call.keep_all()
+            return
+        if call.recorder is not None:
+            self._finish_recording(call, output)
+        elif block.mode == "fallback":
+            call.fall_back()
+        else:
+            self._finish(call, output)
+        if call.index == 0 or self.listener is not None:
+            call.watch_backward(_Entered(self, call.index))
+        if call.index == 0:
+            self._first_frame = weakref.ref(call.kept_frame) if call.kept_frame is not None else None
+        call.settle()
+        if self.listener is not None:
+            self.listener.block_left(call)
+
+    def _watch(self, block: Block) -> None:
+        """Has the block become another one? Looked at once per forward of the model."""
+        block.watched = self.generation
+        if block.watch is None:
+            block.watch = Watch(block.module)
+        elif not block.watch.unchanged():
+            block.watch = Watch(block.module)
+            block.slots = list(parameter_slots(block.module))
+            block.entries.clear()
+
+    def _adopt(self, block: Block, signature: Any) -> Entry | None:
+        """A recording of a block that has been recorded equal to this one before (rule 10)."""
+        if not block.entries:
+            return None
+        known = {s: e.state.key for s, e in block.entries.items()}
+        for other in self.blocks:
+            entry = other.entries.get(signature)
+            if other is block or entry is None or type(other.module) is not type(block.module):
+                continue
+            shared = [s for s in known if s in other.entries]
+            if shared and all(other.entries[s].state.key == known[s] for s in shared):
+                adopted = Entry(entry.state)
+                self._remember(block, signature, adopted)
+                return adopted
+        return None
+
+    def _remember(self, block: Block, signature: Any, entry: Entry) -> None:
+        if len(block.entries) >= MAX_PROGRAMS_PER_BLOCK:
+            block.entries.pop(next(iter(block.entries)))
+        block.entries[signature] = entry
+
+    # Recording
+
+    def _start_recording(self, call: Call) -> None:
+        block = call.block
+        leaves: list[tuple[Leaf, torch.Tensor]] = []
+        for i, tensor in enumerate(call.tensors):
+            leaves.append((Leaf("input", i, "", ""), tensor))
+        for kind, owner, name, dictionary in block.slots:
+            value = dictionary.get(name)
+            if value is not None:
+                leaves.append((Leaf("parameter" if kind == "parameter" else "buffer", -1, owner, name), value))
+        call.versions = [t._version for t in call.tensors]
+        recorder = Recorder(leaves, owner=sys._getframe(2).f_back)
+        call.recorder = recorder
+        call.started = time.perf_counter()
+        call.open(park(call), _RandomStates(call.tensors))
+
+    def _finish_recording(self, call: Call, output: Any) -> None:
+        started = time.perf_counter()
+        block, recorder = call.block, call.recorder
+        assert recorder is not None
+        call.recorder = None
+        outputs = output_tensors(output)
+        inputs = call.tensors
+        custom: set[int] = set()
+        for node in graph.custom_nodes(outputs, inputs):
+            custom |= call.packed_by(node)
+        program = recorder.finish(outputs, graph.fingerprint(outputs, inputs), custom)
+        program.forward_seconds = max(started - call.started - program.record_seconds, 1e-9)
+        self.recorded += 1
+        self.record_seconds += time.perf_counter() - call.started
+        block.recordings_in_a_row += 1
+        why = program.foreign and f"tensors of type {program.foreign}"
+        why = why or (program.data_dependent and f"depends on data: {program.data_dependent}")
+        if not why and block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
+            why = "its program changes from call to call"
+        if why:
+            self._not_replayable(call, program, why)
+            return
+        state = self.states.setdefault(program.key, ProgramState(program))
+        state.add_time(program)
+        entry = Entry(state)
+        previous = block.entries.get(call.signature)
+        entry.recordings = previous.recordings + 1 if previous is not None else 1
+        entry.record_after = 2 ** min(entry.recordings, 10) if program.unproven else 0
+        self._remember(block, call.signature, entry)
+        call.entry = entry
+        call.compiled = state.compile(self.choose(state, call.index, block.name))
+        call.fresh = True
+        self._finish(call, output)
+
+    def _not_replayable(self, call: Call, program: Program, why: str) -> None:
+        """Rule 13: descend, then fall back, else leave it plain."""
+        block = call.block
+        safe = not program.writes and not program.python_random and not program.foreign
+        children = replayable_children(block.module)
+        position = self.blocks.index(block)
+        if children:
+            block.mode, block.reason = "descent", why
+            for hook in block.hooks:
+                hook.remove()
+            block.hooks = []
+            for offset, (name, child) in enumerate(children):
+                self.add_block(f"{block.name}.{name}" if block.name else name, child, parent=block.name, at=position + 1 + offset)
+        elif safe:
+            block.mode, block.reason = "fallback", why
+        else:
+            reason = program.writes or ("draws Python randomness" if program.python_random else why)
+            block.mode, block.reason = "plain", f"{why}; {reason}" if reason != why else why
+        if safe:
+            call.fall_back()
+        else:
+            call.keep_all()
+
+    # Replaying
+
+    def _finish(self, call: Call, output: Any) -> None:
+        entry, compiled = call.entry, call.compiled
+        assert entry is not None and compiled is not None
+        block, state = call.block, entry.state
+        if not call.fresh:
+            difference = call.differs()
+            if not difference and self._checks_graph(entry):
+                outputs = output_tensors(output)
+                if graph.fingerprint(outputs, call.tensors) != state.program.graph:
+                    difference = "its autograd graph changed"
+            if difference:
+                self.mismatches += 1
+                block.unsteady += 1
+                self.note(f"differs {block.name}", f"`{block.name}` was recorded again: {difference}")
+                block.entries.pop(call.signature, None)
+                call.keep_all()
+                return
+            block.recordings_in_a_row = 0
+        entry.calls += 1
+        if entry.record_after:
+            entry.record_after -= 1
+            entry.record_again = entry.record_after == 0
+        frame = call.frame()
+        frame.demote = state.demoter(self, block.name)
+        if not call.fresh and entry.verified < VERIFIED_CALLS - 1:
+            entry.verified += 1
+            wrong = self._verify(call, frame)
+            if wrong:
+                self.note(f"demoted {state.key} {wrong}", f"`{block.name}`: {wrong}")
+                call.keep_all()
+                return
+        call.apply(frame, hashed=self._hash_due(state.key, call))
+
+    def _checks_graph(self, entry: Entry) -> bool:
+        """Always while a program is young, then now and then (walking a graph takes tens of microseconds)."""
+        return entry.calls < GRAPH_CHECKED_CALLS or entry.calls % GRAPH_CHECK_PERIOD == 0
+
+    def _hash_due(self, key: str, call: Call) -> bool:
+        """One call per program and step, in turn."""
+        turn = self._hash_turn
+        if turn.get("generation") != self.generation:
+            turn.clear()
+            turn["generation"] = self.generation
+        seen = turn.get(key, 0)
+        turn[key] = seen + 1
+        members = max(1, call.entry.state.members if call.entry is not None else 1)
+        return seen == self.generation % members
+
+    def _verify(self, call: Call, frame: Frame) -> str:
+        """Bring back every value now, while the saved ones are here, and compare all bits (rule 2)."""
+        compiled = call.compiled
+        assert compiled is not None and call.entry is not None
+        leaves = call.cells()
+        restorer = Restorer(compiled, frame.states)
+        for index in reversed(compiled.dropped):
+            found = [(n, call.widened(n, leaves[n][0])) for n in compiled.leaves[index]]
+            found += [(n, frame.parameters[n][0]) for n in compiled.parameters[index]]
+            value = restorer.restore(index, found)
+            saved = call.handles[index].tensor
+            assert saved is not None
+            if not same_bits(value, saved):
+                node = compiled.program.saved[index].value.node
+                ulp = max_ulp(value, saved)
+                call.entry.state.demote(node)
+                return f"saved tensor {index} is kept from now on: replayed, it differs by {ulp:.3g} ulp"
+        return ""
+
+
+class _Entered:
+    """Tells the runtime that the backward has reached a block call."""
+
+    __slots__ = ("index", "runtime")
+
+    def __init__(self, runtime: Runtime, index: int) -> None:
+        self.runtime = weakref.ref(runtime)
+        self.index = index
+
+    def __call__(self) -> None:
+        runtime = self.runtime()
+        if runtime is not None:
+            runtime._backward_entered(self.index)
+
+
+class _RandomStates:
+    """Which generators a block may draw from."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.devices = list(dict.fromkeys([torch.device("cpu"), *(t.device for t in tensors)]))
+
+
+@dataclass(slots=True, eq=False)
+class _RootHook:
+    """Counts the forwards of the model."""
+
+    runtime: Runtime | None
+
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        if self.runtime is not None:
+            self.runtime.generation += 1
+
+    def __deepcopy__(self, memo: Any) -> _RootHook:
+        return _RootHook(None)
+
+    def __reduce__(self) -> Any:
+        return _RootHook, (None,)
+
+
+@dataclass(slots=True, eq=False)
+class _PreHook:
+    """Copies and pickles as inert."""
+
+    runtime: Runtime | None
+    block: Block | None
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.runtime is not None and self.block is not None:
+            self.runtime.before(self.block, args, kwargs)
+
+    def __deepcopy__(self, memo: Any) -> _PreHook:
+        return _PreHook(None, None)
+
+    def __reduce__(self) -> Any:
+        return _PreHook, (None, None)
+
+
+@dataclass(slots=True, eq=False)
+class _PostHook:
+    """Copies and pickles as inert."""
+
+    runtime: Runtime | None
+    block: Block | None
+
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.runtime is not None and self.block is not None:
+            self.runtime.after(self.block, output)
+
+    def __deepcopy__(self, memo: Any) -> _PostHook:
+        return _PostHook(None, None)
+
+    def __reduce__(self) -> Any:
+        return _PostHook, (None, None)
+
+
+def _steps_aside() -> str:
+    """Why this call is left alone, or "" (rule 16)."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "saved-tensor hooks of somebody else are active"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a torch dispatch mode is active"
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "the model is compiled, exported or traced"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if torch.is_inference_mode_enabled():
+        return "inference mode"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return "saved-tensor hooks are disabled"
+    return ""

@@ -1,0 +1,156 @@
+"""What a block call looks like from outside: the key under which its recording is found again.
+
+A recording holds for calls with the same signature: tensor arguments by shape, stride, dtype, device and
+``requires_grad``, how they alias each other and the parameters, other arguments by value, the training flag, which
+parameters train, autocast and numeric flags. What the block *is* (submodules, hooks, plain attributes, configs) is
+watched separately by `Watch`, once per forward of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, complex)
+
+
+def flatten(structure: Any, tensors: list[torch.Tensor], key: list[Any]) -> None:
+    """Collect the tensors of nested arguments, and a hashable description of the rest."""
+    if isinstance(structure, torch.Tensor):
+        tensors.append(structure)
+        key.append("T")
+    elif isinstance(structure, _SCALARS):
+        key.append(structure)
+    elif isinstance(structure, (tuple, list)):
+        key.append(len(structure))
+        for item in structure:
+            flatten(item, tensors, key)
+    elif isinstance(structure, dict):
+        key.append(len(structure))
+        for name, item in structure.items():
+            key.append(name if isinstance(name, str) else repr(name))
+            flatten(item, tensors, key)
+    else:
+        key.append(type(structure))
+
+
+def output_tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors that a block returned, in order (model outputs of Hugging Face are ordered mappings)."""
+    tensors: list[torch.Tensor] = []
+    _collect(output, tensors)
+    return tensors
+
+
+def _collect(structure: Any, tensors: list[torch.Tensor]) -> None:
+    if isinstance(structure, torch.Tensor):
+        tensors.append(structure)
+    elif isinstance(structure, (tuple, list)):
+        for item in structure:
+            _collect(item, tensors)
+    elif isinstance(structure, dict):
+        for item in structure.values():
+            _collect(item, tensors)
+
+
+def numeric_flags() -> tuple[Any, ...]:
+    """Global settings that change what an op computes."""
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.mkldnn.enabled,
+    )
+
+
+def autocast_state(device_type: str) -> Any:
+    """The dtype that autocast casts to on a device, or ``None`` where it is off."""
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def describe(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    """Shapes, strides, dtypes, devices, ``requires_grad`` and the alias pattern of tensor arguments."""
+    if len(tensors) == 1:
+        (t,) = tensors
+        return (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, type(t))
+    pointers: dict[int, int] = {}
+    parts: list[Any] = []
+    for i, t in enumerate(tensors):
+        parts.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, type(t)))
+        storage = t.data_ptr() - t.storage_offset() * t.element_size()
+        first = pointers.setdefault(storage, i)
+        if first != i:
+            parts.append((first, t.storage_offset() - tensors[first].storage_offset()))
+    return tuple(parts)
+
+
+class Watch:
+    """Notices that a block is no longer what it was: a submodule, hook, patched forward or plain attribute changed.
+
+    `unchanged` compares dictionaries by their items, which Python does in C and, for the usual identical values, by
+    identity. Configs (objects with a ``__dict__`` among the attributes) are watched one level deep.
+    """
+
+    __slots__ = ("_configs", "_copies", "_module", "_nested", "_trainable", "trainable")
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        """Take the snapshot of ``module`` and its submodules."""
+        self._module = module
+        self._copies: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._nested: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._configs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        seen: set[int] = set()
+        for child in module.modules():
+            attributes = child.__dict__
+            self._copies.append((attributes, dict(attributes)))
+            for name in _NESTED:
+                nested = attributes.get(name)
+                if isinstance(nested, dict):
+                    self._nested.append((nested, dict(nested)))
+            for value in attributes.values():
+                inner = getattr(value, "__dict__", None)
+                if isinstance(inner, dict) and not isinstance(value, (torch.nn.Module, torch.Tensor, type)) and id(inner) not in seen:
+                    if not callable(value):
+                        seen.add(id(inner))
+                        self._configs.append((inner, dict(inner)))
+                elif isinstance(value, (dict, list)) and value is not attributes and id(value) not in seen:
+                    seen.add(id(value))
+                    if isinstance(value, dict) and not any(value is n for n, _ in self._nested):
+                        self._nested.append((value, dict(value)))
+        self._trainable = [p for p in module.parameters()]
+        self.trainable = tuple(p.requires_grad for p in self._trainable)
+
+    def unchanged(self) -> bool:
+        """Whether the block is still what it was when the snapshot was taken."""
+        try:
+            for now, then in self._copies:
+                if now != then:
+                    return False
+            for now, then in self._nested:
+                if now != then:
+                    return False
+            for now, then in self._configs:
+                if now != then:
+                    return False
+        except (RuntimeError, ValueError, TypeError):
+            return False  # a tensor attribute was exchanged: its comparison is no bool
+        return self.trainable == tuple([p.requires_grad for p in self._trainable])
+
+
+_NESTED = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def parameter_slots(module: torch.nn.Module) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """``(kind, owner, name, dictionary)`` of every parameter and buffer: where a forward will look it up."""
+    for owner, child in module.named_modules(remove_duplicate=True):
+        for name, value in child._parameters.items():
+            if value is not None:
+                yield "parameter", owner, name, child._parameters
+        for name, value in child._buffers.items():
+            if value is not None:
+                yield "buffer", owner, name, child._buffers

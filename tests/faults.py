@@ -1,0 +1,199 @@
+"""Run one scenario plain and fitted, and hold the fitted one to the plain one.
+
+The rule: never a wrong gradient where plain autograd is right, never silence where it raises. A scenario trains a model
+and writes what it sees into a dict; it is told how to fit the model, and does not know whether that does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import memfit
+from gradients import Tensors, copies, differences, random_state, seed
+
+Fit = Callable[[nn.Module], "memfit.Handle | None"]
+Scenario = Callable[[Fit, Tensors], None]
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a scenario saw, and how it ended."""
+
+    seen: Tensors = field(default_factory=dict)
+    error: BaseException | None = None
+    summary: dict[str, Any] | None = None
+
+
+def attempt(scenario: Scenario, options: Mapping[str, Any] | None) -> Outcome:
+    """Run a scenario to its end or its error; the model is unfitted afterwards either way."""
+    outcome = Outcome()
+    with contextlib.ExitStack() as stack:
+        handles: list[Any] = []
+
+        def fit(model: nn.Module) -> Any:
+            if options is None:
+                return None
+            handle = memfit.fit(model, **options)
+            stack.callback(handle.remove)
+            handles.append(handle)
+            return handle
+
+        seed()
+        torch.manual_seed(0)
+        try:
+            scenario(fit, outcome.seen)
+        except (Exception, KeyboardInterrupt) as error:
+            outcome.error = error.with_traceback(None)
+        if handles and outcome.error is None:
+            outcome.summary = handles[0].summary()
+        outcome.seen.update({f"random {name}": state for name, state in random_state().items()})
+    return outcome
+
+
+def hold(scenario: Scenario, options: Mapping[str, Any], *, refusal: bool = False) -> Outcome:
+    """Compare a fitted run of a scenario with a plain one.
+
+    Args:
+        scenario: What happens.
+        options: Arguments of `memfit.fit`.
+        refusal: Whether a `MemfitError` may take the place of equal bits: the plan cannot know what plain autograd knows.
+
+    Returns:
+        How the fitted run went.
+    """
+    plain, again = attempt(scenario, None), attempt(scenario, None)
+    assert type(plain.error) is type(again.error)
+    assert not differences(again.seen, plain.seen), "the plain scenario does not repeat itself"
+    fitted = attempt(scenario, options)
+    if plain.error is not None:
+        assert fitted.error is not None, f"silent where plain autograd raises {plain.error!r}"
+        compare(fitted, plain)
+        return fitted
+    if fitted.error is not None:
+        # A refusal is deliberate, and comes before a wrong gradient could be used: all that was seen is right.
+        assert refusal, f"{fitted.error!r} where plain autograd is right"
+        assert isinstance(fitted.error, memfit.MemfitError), f"not a deliberate error: {fitted.error!r}"
+        compare(fitted, plain)
+        return fitted
+    compare(fitted, plain)
+    assert fitted.seen.keys() == plain.seen.keys()
+    return fitted
+
+
+def compare(fitted: Outcome, plain: Outcome) -> None:
+    """Everything that the fitted run saw before it ended is what the plain run saw."""
+    stopped = fitted.error is not None
+    names = [name for name in fitted.seen if not (stopped and name.startswith("random "))]
+    found = differences({n: fitted.seen[n] for n in names}, {n: plain.seen[n] for n in names if n in plain.seen})
+    assert not found, f"{len(found)} differences:\n" + "\n".join(found[:12])
+
+
+WIDTH = 32
+ROWS = 6
+
+
+class Block(nn.Module):
+    """Norm, projection, activation, scale, projection, dropout, residual: everything that a fault may aim at."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.act = nn.SiLU()
+        self.dropout = nn.Dropout(0.1)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(self.norm(x))) * self.scale
+        return x + self.dropout(self.down(h.sigmoid() * h))
+
+
+class Stack(nn.Module):
+    """Three blocks and a head; returns the loss. ``between`` is called with what passes from block to block."""
+
+    def __init__(self, make: Callable[[], nn.Module] = Block, count: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(make() for _ in range(count))
+        self.head = nn.Linear(WIDTH, 7)
+        self.between: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            if self.between is not None:
+                x = self.between(x)
+        return self.head(x).tanh().square().mean()
+
+
+def data(i: int, *, rows: int = ROWS, width: int = WIDTH) -> Tensor:
+    """The input of step ``i``."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(100 + i))
+
+
+def train(
+    model: nn.Module,
+    fit: Fit,
+    seen: Tensors,
+    *,
+    steps: int = 5,
+    between: Callable[[Any, int], object] | None = None,
+    inside: Callable[[Any, int], object] | None = None,
+    forward: Callable[[Any, Tensor], Tensor] | None = None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+    must_drop: bool = True,
+) -> None:
+    """Train for some steps and write down losses, gradients, buffers and parameters of each.
+
+    Args:
+        model: Returns its loss.
+        fit: Fits it, or does nothing.
+        seen: Is filled.
+        steps: Optimizer steps; the plan is active from the second on.
+        between: Called before the forward of step ``i``.
+        inside: Called between forward and backward of step ``i``.
+        forward: Computes the loss from model and input.
+        backward: Runs the backward of the loss.
+        must_drop: Whether a fitted run that recomputes nothing fails: a fault that meets no plan proves nothing.
+    """
+    model.train()
+    handle = fit(model)
+    for i in range(steps):
+        if between is not None:
+            between(model, i)
+        x = data(i).requires_grad_()
+        loss = model(x) if forward is None else forward(model, x)
+        if inside is not None:
+            inside(model, i)
+        backward(loss)
+        if handle is not None and must_drop and i == 1:
+            summary = handle.summary()
+            assert summary["recomputed_bytes"] > 0, f"nothing is recomputed: {summary['blocks']}"
+        seen[f"{i} loss"] = loss.detach()
+        seen[f"{i} input"] = None if x.grad is None else x.grad.clone()
+        seen.update(copies((f"{i} gradient {name}", p.grad) for name, p in model.named_parameters()))
+        seen.update(copies((f"{i} buffer {name}", b) for name, b in model.named_buffers()))
+        # A new optimizer each time: faults may put other parameters in the place of those that there were.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.update(copies((f"{i} parameter {name}", p) for name, p in model.named_parameters()))
+
+
+def at(step: int, action: Callable[[Any], object]) -> Callable[[Any, int], object]:
+    """Do something to the model in one step only."""
+    return lambda model, i: action(model) if i == step else None
+
+
+@contextlib.contextmanager
+def undone(undo: Callable[[], object]) -> Iterator[None]:
+    """Undo a change to the process whatever happens."""
+    try:
+        yield
+    finally:
+        undo()
