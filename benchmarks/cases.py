@@ -316,7 +316,7 @@ HELD_CASES: dict[str, Case] = {
         build=t5(layers=6, hidden=256, heads=8, batch=8, tokens=192, optimizer="adamw"),
     ),
     "vit-sgd": Case(
-        title="ViT-like, SGD", build=vit(layers=12, hidden=192, heads=3, batch=16, image=224, optimizer="sgd")
+        title="ViT-like, SGD", build=vit(layers=12, hidden=192, heads=3, batch=24, image=224, optimizer="sgd")
     ),
     "encoder-adamw": Case(
         title="nn.TransformerEncoder with dropout, AdamW",

@@ -151,7 +151,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", default=",".join(shapes), help="which of the three shapes")
     parser.add_argument("--peers", default=",".join(ROWS[:-1]), help=f"which rows of {', '.join(ROWS)}")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=None, help="steps per repetition; 2 on CPU, 5 on CUDA")
+    parser.add_argument("--steps", type=int, default=None, help="steps per repetition; 1 on CPU, 5 on CUDA")
     parser.add_argument("--warmup", type=int, default=4, help="untimed steps; the first one records")
     parser.add_argument("--no-memfit", action="store_true", help="only the peers")
     parser.add_argument("--no-overhead", action="store_true", help="leave the overhead section out")
@@ -161,7 +161,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.shapes = _choices(args.shapes, shapes, "shapes")
     args.peers = _choices(args.peers, ROWS, "peers")
-    args.steps = args.steps or (5 if args.device == "cuda" else 2)
+    args.steps = args.steps or (5 if args.device == "cuda" else 1)
     return args
 
 

@@ -7,7 +7,7 @@ and writes what it sees into a dict; it is told how to fit the model, and does n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,12 @@ from torch import Tensor, nn
 
 import memfit
 from gradients import Tensors, copies, differences, random_state, seed
+from policies import random_policy
+
+FITS: dict[str, dict[str, Any]] = {
+    "full": {"policy": "full"},
+    "random": {"policy": random_policy(3, keep=0.3)},
+}
 
 Fit = Callable[[nn.Module], "memfit.Handle | None"]
 Scenario = Callable[[Fit, Tensors], None]
@@ -56,34 +62,48 @@ def attempt(scenario: Scenario, options: Mapping[str, Any] | None) -> Outcome:
     return outcome
 
 
-def hold(scenario: Scenario, options: Mapping[str, Any], *, refusal: bool = False) -> Outcome:
+def hold(
+    scenario: Scenario, *, refusal: bool = False, fits: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Outcome]:
     """Compare a fitted run of a scenario with a plain one.
 
     Args:
         scenario: What happens.
-        options: Arguments of `memfit.fit`.
-        refusal: Whether a `MemfitError` may take the place of equal bits: the plan cannot know what plain autograd knows.
+        fits: Arguments of `memfit.fit`, by name; each is held to the same plain run.
+        refusal: Whether a `MemfitError` may take the place of equal bits: a plan cannot see what plain autograd sees.
 
     Returns:
-        How the fitted run went.
+        How the fitted runs went, by name.
     """
     plain, again = attempt(scenario, None), attempt(scenario, None)
     assert type(plain.error) is type(again.error)
     assert not differences(again.seen, plain.seen), "the plain scenario does not repeat itself"
-    fitted = attempt(scenario, options)
+    outcomes: dict[str, Outcome] = {}
+    failures: list[str] = []
+    for name, options in (FITS if fits is None else fits).items():
+        outcomes[name] = attempt(scenario, options)
+        try:
+            judge(outcomes[name], plain, refusal=refusal)
+        except AssertionError as failure:
+            failures.append(f"{name}: {failure}")
+    assert not failures, "\n".join(failures)
+    return outcomes
+
+
+def judge(fitted: Outcome, plain: Outcome, *, refusal: bool) -> None:
+    """Fail if the fitted run is wrong or silent where the plain run is not."""
     if plain.error is not None:
         assert fitted.error is not None, f"silent where plain autograd raises {plain.error!r}"
         compare(fitted, plain)
-        return fitted
+        return
     if fitted.error is not None:
         # A refusal is deliberate, and comes before a wrong gradient could be used: all that was seen is right.
         assert refusal, f"{fitted.error!r} where plain autograd is right"
         assert isinstance(fitted.error, memfit.MemfitError), f"not a deliberate error: {fitted.error!r}"
         compare(fitted, plain)
-        return fitted
+        return
     compare(fitted, plain)
     assert fitted.seen.keys() == plain.seen.keys()
-    return fitted
 
 
 def compare(fitted: Outcome, plain: Outcome) -> None:
@@ -188,12 +208,3 @@ def train(
 def at(step: int, action: Callable[[Any], object]) -> Callable[[Any, int], object]:
     """Do something to the model in one step only."""
     return lambda model, i: action(model) if i == step else None
-
-
-@contextlib.contextmanager
-def undone(undo: Callable[[], object]) -> Iterator[None]:
-    """Undo a change to the process whatever happens."""
-    try:
-        yield
-    finally:
-        undo()

@@ -244,7 +244,8 @@ def assert_bitwise_equal(actual: Run | Mapping[str, Any], expected: Run | Mappin
     if isinstance(actual, Run) and isinstance(expected, Run):
         found = run_differences(actual, expected)
     else:
-        assert not isinstance(actual, Run) and not isinstance(expected, Run)
+        assert not isinstance(actual, Run)
+        assert not isinstance(expected, Run)
         found = differences(actual, expected)
     assert not found, f"{len(found)} differences:\n" + "\n".join(found[:12])
 

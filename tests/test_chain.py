@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 
 from memfit.errors import InfeasibleBudgetError, UsageError
-from memfit.plans import Plan
+from memfit.plans import Plan, Policy
 from memfit.profiles import BlockCall, StepEvent, StepProfile
 from memfit.solver import block_options, make_plan, overhead_bound, simulate, solve, switched
 from memfit.solver.chain import fastest, room, smallest_budget
@@ -131,6 +131,40 @@ def test_a_coarse_grid_still_fits_and_still_finds_the_tightest_plan():
                 assert time <= 1.02 * sum(options[0][number].recompute_seconds for number in exact)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_any_grid_holds_any_budget_that_leaves_room(seed):
+    """Cells of many bytes, limits in the middle of a cell."""
+    rng = random.Random(seed)
+    options = [
+        [
+            Option(
+                policy=Policy(program="p", kept=(number,)),
+                kept_bytes=rng.randint(0, 40),
+                recompute_seconds=rng.randint(0, 20) * 1e-6,
+                working_bytes=rng.randint(0, 60),
+            )
+            for number in range(4)
+        ]
+        for _ in range(6)
+    ]
+    chain = Chain(
+        calls=tuple(range(6)),
+        need=tuple(rng.choice([None, rng.randint(0, 30)]) for _ in range(7)),
+        own_need=tuple(rng.randint(0, 30) for _ in range(6)),
+    )
+    smallest = smallest_budget(chain, options)
+    assert room(chain, options, smallest - 1) is None
+    for budget in range(smallest, smallest + 60, 3):
+        for cells in (2, 5, 4096):
+            picked = fastest(chain, options, budget, cells=cells)
+            held = 0
+            for place, number in enumerate(picked):
+                assert chain.need[place] is None or held + chain.need[place] <= budget
+                assert held + chain.own_need[place] + options[place][number].working_bytes <= budget
+                held += options[place][number].kept_bytes
+            assert chain.need[-1] is None or held + chain.need[-1] <= budget
+
+
 def test_nested_lifetimes_are_one_chain():
     step = chain_step([llama_block()] * 3, outside=100, loss=7, gradients=10)
     found = nested(step, [block_options(llama_block())] * 3)
@@ -171,6 +205,11 @@ def test_crossed_lifetimes_are_told_apart():
     crossed = replace(step, events=tuple(events))
     assert nested(step, options) is not None
     assert nested(crossed, options) is None
+    # An event at which the second call lives without the first; a backward that finds the calls before it gone.
+    after = StepEvent(name="after", kind="outside", live_calls=(1,))
+    assert nested(replace(step, events=(*step.events, after)), options) is None
+    alone = StepEvent(name="again", kind="backward", call=1)
+    assert nested(replace(step, events=(*step.events, alone)), options) is None
     # Where the second call has no choice, there is nothing to cross.
     settled = nested(crossed, [options[0], options[1][:1]])
     (chain,) = settled.chains

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -25,12 +25,13 @@ def memfit(*arguments, cwd=None, **environment):
 
 
 def test_help_answers_at_once():
-    """Under 0.3 s; the best of three, since the machine may be busy."""
+    """Under 0.3 s; processor time and the best of three, since the machine may be busy."""
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = memfit("--help")
-        seconds.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
         assert all(verb in done.stdout for verb in ("run", "plan", "doctor"))
     assert min(seconds) < 0.3

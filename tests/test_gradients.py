@@ -37,6 +37,7 @@ from zoo import (
     next_token_loss,
     padded,
     tokens,
+    without_cache,
 )
 
 FITS: dict[str, dict[str, Any]] = {
@@ -45,15 +46,61 @@ FITS: dict[str, dict[str, Any]] = {
     "selective": {"policy": "selective"},
     "every-2": {"every_n_layers": 2},
     "random": {"policy": random_policy(0)},
-    "another-random": {"policy": random_policy(1, keep=0.15)},
     "save-all": {"policy": keep_everything},
     "measure": {"budget": None},
 }
-THREE_FITS = ("min", "random", "another-random")
-TWO_FITS = ("min", "random")
+# On models this small the smallest peak is often the optimizer's, and "min" then recomputes nothing from the second step
+# on: "full" and "random" do, always.
+ZOO_FITS = ("min", "full", "random")
+TWO_FITS = ("full", "random")
 
-# How each model's blocks run. What is not replayed has a reason that belongs to the architecture.
-MODES: dict[str, dict[str, str]] = {}
+REPLAY = "replay"
+EXPERTS = {
+    "model.layers.*": "descent",
+    "model.layers.*.input_layernorm": REPLAY,
+    "model.layers.*.self_attn": REPLAY,
+    "model.layers.*.post_attention_layernorm": REPLAY,
+}
+
+# How each model's blocks run. What is not replayed has a reason that belongs to the architecture: which rows an expert
+# gets depends on data, and Mixtral's router writes its jitter into the experts' input, so that they cannot run twice.
+MODES: dict[str, dict[str, str]] = {
+    "gpt2": {"transformer.h.*": REPLAY},
+    "llama": {"model.layers.*": REPLAY},
+    "qwen3": {"model.layers.*": REPLAY},
+    "gemma": {"model.layers.*": REPLAY},
+    "phi": {"model.layers.*": REPLAY},
+    "falcon": {"transformer.h.*": REPLAY},
+    "opt": {"model.decoder.layers.*": REPLAY},
+    "bloom": {"transformer.h.*": REPLAY},
+    "gpt-neox": {"gpt_neox.layers.*": REPLAY},
+    "mixtral": {**EXPERTS, "model.layers.*.mlp": "plain"},
+    "qwen-moe": {**EXPERTS, "model.layers.*.mlp": "fallback"},
+    "mamba": {"backbone.layers.*": REPLAY},
+    "bert": {"bert.encoder.layer.*": REPLAY},
+    "xlm-roberta": {"roberta.encoder.layer.*": REPLAY},
+    "deberta-v2": {"deberta.encoder.layer.*": REPLAY},
+    "modernbert": {"model.layers.*": REPLAY},
+    "electra": {"electra.encoder.layer.*": REPLAY},
+    "albert": {"albert.encoder.albert_layer_groups.*": REPLAY},
+    "t5": {"encoder.block.*": REPLAY, "decoder.block.*": REPLAY},
+    "bart": {"model.encoder.layers.*": REPLAY, "model.decoder.layers.*": REPLAY},
+    "whisper": {"model.encoder.layers.*": REPLAY, "model.decoder.layers.*": REPLAY},
+    "vit": {"vit.layers.*": REPLAY},
+    "clip": {"vision_model.encoder.layers.*": REPLAY, "text_model.encoder.layers.*": REPLAY},
+    "resnet": {"resnet.encoder.stages.*": REPLAY},
+    "swin": {"swin.encoder.layers.*": REPLAY},
+    "nanogpt": {"h.*": REPLAY},
+    "residual-net": {"blocks.*": REPLAY},
+    "transformer-encoder": {"encoder.layers.*": REPLAY},
+    "lstm-stack": {"blocks.*": REPLAY},
+    "unet": {"down.*": REPLAY, "up.*": REPLAY},
+    "llama-padded": {"model.layers.*": REPLAY},
+    "bert-padded": {"bert.encoder.layer.*": REPLAY},
+    "llama-eager": {"model.layers.*": REPLAY},
+    "bert-eager": {"bert.encoder.layer.*": REPLAY},
+    "gpt2-shared-block": {"transformer.h.*": REPLAY},
+}
 
 
 @functools.cache
@@ -68,25 +115,42 @@ def test_zoo_is_complete() -> None:
     assert len(PLAIN_PYTORCH) == 5
 
 
-@pytest.mark.parametrize("fit", THREE_FITS)
+@pytest.mark.parametrize("fit", ZOO_FITS)
 @pytest.mark.parametrize("name", NAMES)
 def test_zoo(name: str, fit: str) -> None:
     """Three optimizer steps, each on new data, with the smallest plan and with plans that keep some of everything."""
     actual = run_steps(build(name), fit=FITS[fit])
     assert_bitwise_equal(actual, plain_run(name))
     assert actual.modes == MODES[name]
+    assert actual.summary is not None
+    if fit != "min":
+        assert actual.summary["recomputed_bytes"] > 0
 
 
-@pytest.mark.parametrize("fit", sorted(set(FITS) - set(THREE_FITS)))
-@pytest.mark.parametrize("name", ["gpt2", "llama-eager", "bert-padded", "mixtral", "t5", "residual-net", "unet"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "t5", "llama-padded"])
+def test_cache_is_off_in_training(name: str) -> None:
+    """A model that asks for its key-value cache trains as one that does not, and has the cache again afterwards."""
+
+    def cached() -> Case:
+        case = build(name)
+        case.model.config.use_cache = True
+        return case
+
+    case = cached()
+    assert_bitwise_equal(run_steps(case, fit=FITS["min"]), plain_run(name))
+    assert case.model.config.use_cache is True
+
+
+@pytest.mark.parametrize("fit", sorted(set(FITS) - set(ZOO_FITS)))
+@pytest.mark.parametrize("name", ["llama-eager", "mixtral", "t5", "unet"])
 def test_switches(name: str, fit: str) -> None:
     """Today's switches are plans like any other."""
     actual = run_steps(build(name), fit=FITS[fit])
     assert_bitwise_equal(actual, plain_run(name))
 
 
-@pytest.mark.parametrize("policy_seed", range(2, 10))
-@pytest.mark.parametrize("name", ["gpt2", "llama-eager", "unet"])
+@pytest.mark.parametrize("policy_seed", range(2, 8))
+@pytest.mark.parametrize("name", ["llama-eager", "residual-net"])
 def test_many_policies(name: str, policy_seed: int) -> None:
     """A policy is any subset that recipes can start from, not only one that a solver would choose."""
     keep = (0.05, 0.3, 0.7)[policy_seed % 3]
@@ -116,7 +180,7 @@ def language_case(name: str, change: Callable[[nn.Module], nn.Module | None] | N
     """A language model with fixed weights; ``change`` may edit it or return another."""
     torch.manual_seed(0)
     make, batches = LANGUAGE_MODELS[name]
-    model = make(**config)
+    model = without_cache(make(**config))
     if change is not None:
         model = change(model) or model
     return Case(model.train(), batches)
@@ -411,7 +475,7 @@ def test_preferences_with_reference(fit: str) -> None:
 
 @on_two_fits
 def test_graph_kept_over_a_step(fit: str) -> None:
-    """Truncated backpropagation the other way round: the graph of step i goes backward after the forward of step i+1."""
+    """The graph of each batch goes backward only after the forward of the next one."""
     waiting: list[Tensor] = []
 
     def train_step(model: nn.Module, batch: Batch, loss: Loss) -> Mapping[str, Tensor]:
@@ -470,7 +534,7 @@ def test_evaluation_inside_a_step(fit: str) -> None:
 def test_training_in_evaluation_mode(fit: str) -> None:
     """Gradients with dropout off: Hugging Face's own checkpointing silently does nothing here."""
     run = check(lambda: language_case("bert", lambda model: model.eval()), fit)
-    assert set(run.modes.values()) == {"replay"}
+    assert set(run.modes.values()) == {REPLAY}
 
 
 @on_two_fits

@@ -68,6 +68,8 @@ def test_the_first_of_equal_peaks_owns_it():
 def test_one_event():
     backward = StepEvent(name="x", kind="backward", call=1, live_calls=(0,), outside_bytes=10)
     assert event_bytes(STEP, backward, [1, 2], [100, 200]) == 10 + 1 + 200
+    outside = StepEvent(name="x", kind="outside", call=1, live_calls=(0,), outside_bytes=10)
+    assert event_bytes(STEP, outside, [1, 2], [100, 200]) == 10 + 1
     forward = StepEvent(name="x", kind="forward", call=1, live_calls=(0,), outside_bytes=10)
     assert event_bytes(STEP, forward, [1, 2], [100, 200]) == 10 + 1 + 300
 

@@ -194,3 +194,26 @@ def test_a_plan_is_all_predicted():
         "plan       save 50%, recompute 50% of the 2.00 GiB saved in blocks, predicted",
         "blocks     2         block calls, 1 policy",
     ]
+
+
+def test_what_was_not_measured_is_left_empty():
+    summary = {
+        "budget_bytes": None,
+        "predicted_peak_bytes": None,
+        "measured_peak_bytes": GIB,
+        "plain_peak_bytes": GIB,
+        "blocks": [
+            block(f"h.{i}", mode="plain", reason="no budget", saved=None, recomputed=0, parent="") for i in (0, 1)
+        ],
+    }
+    assert render(summary).splitlines() == [
+        "peak       1.00 GiB  measured",
+        "",
+        "blocks  calls  mode   save  recompute  reason",
+        "h.0–1       2  plain              0 B  no budget",
+    ]
+
+
+def test_a_budget_in_words_is_shown(summary):
+    summary |= {"budget": "min", "budget_bytes": None}
+    assert render(summary).splitlines()[0].endswith("at the loss; budget `min`")

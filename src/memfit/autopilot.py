@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from memfit import host
 from memfit.blocks import find_blocks
 from memfit.calls import ProgramState
 from memfit.costs import profile_program
@@ -38,6 +39,8 @@ MAX_SEQUENCES = 64
 MAX_CORRECTIONS = 3
 SLACK_SHARE = {"tcmalloc": 0.03, "jemalloc": 0.05, "glibc": 0.10}
 SLACK_FLOOR = 6 * 2**20
+TRIM_SHARE = 0.8
+"""Under glibc, which hands nothing back by itself: trim where the plan comes this near to the budget."""
 
 
 class Handle:
@@ -262,29 +265,23 @@ class Handle:
         resident = self._gradient_bytes()
         now = Now(
             gradients_start=resident,
+            settled_bytes=self._meter.now() if self._device.type == "cpu" else self._meter.allocated(),
+            born_bytes=self._state_bytes(),
             state_bytes=self._state_bytes() if self._state_born else self._reserved(),
             gradients_end=max(resident, reading.gradients_end),
         )
         profile, indices = step_profile(
             reading, programs, now, device=self._device, step_seconds=self._step_seconds() or 0.0
         )
-        dynamic = 0
         plan = self._plan(profile, sequence)
         base = self._meter.now()
         dynamic = max(0, plan.predicted_peak_bytes - base)
         if isinstance(self._budget, int) and self._policy is None and self._given is None:
             share = SLACK_SHARE.get(allocator(), 0.1) if self._device.type == "cpu" else 0.05
-            slack = max(self._slack, int(share * dynamic) + SLACK_FLOOR)
-            self._slack = slack
-            try:
-                plan = self._solve(profile, self._budget, slack)
-            except InfeasibleBudgetError as error:
-                exact = error
-                try:
-                    plan = self._solve(profile, self._budget, 0)  # within the margin: try, and measure
-                except InfeasibleBudgetError:
-                    self.remove()
-                    raise exact from None
+            self._slack = max(self._slack, int(share * dynamic) + SLACK_FLOOR)
+            plan = self._within_budget(profile, self._budget)
+            near = plan.predicted_peak_bytes > TRIM_SHARE * self._budget
+            self.runtime.trim = host.release if near and allocator() == "glibc" and self._device.type == "cpu" else None
         raw = plan.predicted_peak_bytes
         predicted = raw + (self._slack if self._budget is not None else 0)
         if isinstance(self._budget, int):
@@ -308,6 +305,18 @@ class Handle:
             return solve(profile, budget="min", **names)
         policies = [plain_policy(profile.programs[c.program]) for c in profile.calls]
         return make_plan(profile, policies, budget_bytes=None, **names)
+
+    def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
+        """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
+        try:
+            return self._solve(profile, budget, self._slack)
+        except InfeasibleBudgetError as error:
+            smallest = error.minimum - self._slack
+            if smallest > budget:
+                self.remove()
+                raise InfeasibleBudgetError(budget, smallest, error.event, error.advice) from None
+            self._slack = budget - smallest
+            return self._solve(profile, budget, self._slack)
 
     def _solve(self, profile: StepProfile, budget: int, slack: int) -> Plan:
         return solve(profile, budget=budget, margin_bytes=slack, model=self._name, fingerprint=self._fingerprint)
@@ -535,6 +544,8 @@ class _ModelHook(_Hook):
     __slots__ = ()
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any = None) -> None:
+        if torch.compiler.is_compiling():
+            return
         handle = self.handle()
         if handle is None:
             return

@@ -35,9 +35,10 @@ def find_blocks(model: torch.nn.Module, wanted: list[str] | None = None) -> list
         return _outermost(found)
     layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
     if layers:
-        covered = _outermost(layers)
+        covered = _outermost([pair for layer in layers for pair in _inside_stage(*layer)])
         return _in_order(model, covered + _repeated(model, [n for n, _ in covered]))
-    found = _repeated(model, [])
+    found = [pair for block in _repeated(model, []) for pair in _inside_stage(*block)]
+    found = found or _outermost(_members(model))
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no repeated modules to plan for. Name its blocks with `blocks=[...]`, as "
@@ -65,9 +66,8 @@ def _repeated(model: torch.nn.Module, covered: list[str]) -> list[tuple[str, tor
         if not isinstance(module, _CONTAINERS) and not _numbered(module):
             continue
         for child_name, child in module.named_children():
-            if isinstance(child, _CONTAINERS) or not any(True for _ in child.children()):
-                if not isinstance(child, (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)):
-                    continue
+            if not _is_candidate(module, child):
+                continue
             if not any(True for _ in child.parameters()):
                 continue
             full = f"{name}.{child_name}" if name else child_name
@@ -76,6 +76,52 @@ def _repeated(model: torch.nn.Module, covered: list[str]) -> list[tuple[str, tor
             count[type(child)] = count.get(type(child), 0) + 1
             candidates.append((full, child))
     return _outermost([(n, m) for n, m in candidates if count[type(m)] >= _MIN_REPEATS])
+
+
+def _is_candidate(parent: torch.nn.Module, child: torch.nn.Module) -> bool:
+    """A module with children, a recurrent layer, or a sequence in a list of sequences."""
+    if isinstance(child, torch.nn.Sequential):
+        return isinstance(parent, _CONTAINERS) and len(child) > 1
+    if isinstance(child, _CONTAINERS):
+        return False
+    return any(True for _ in child.children()) or isinstance(child, (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN))
+
+
+def _members(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Members of module lists, single ones too: one layer may be called many times (ALBERT)."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList):
+            for child_name, child in module.named_children():
+                if _is_candidate(module, child) and any(True for _ in child.parameters()):
+                    found += _inside_group(f"{name}.{child_name}" if name else child_name, child)
+    return found
+
+
+def _inside_group(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The members of a module that is little more than a list of them; else the module itself."""
+    for child_name, child in module.named_children():
+        if isinstance(child, torch.nn.ModuleList) and len(child) and _size(child) == _size(module):
+            return [(f"{name}.{child_name}.{i}", member) for i, member in enumerate(child)]
+    return [(name, module)]
+
+
+def _inside_stage(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """A stage of a vision model (Swin, ResNet) is a list of blocks, and a change of resolution."""
+    if not type(module).__name__.endswith("Stage"):
+        return [(name, module)]
+    found: list[tuple[str, torch.nn.Module]] = []
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}"
+        if isinstance(child, _CONTAINERS):
+            found += [(f"{full}.{i}", member) for i, member in child.named_children() if _is_candidate(child, member)]
+        elif any(True for _ in child.parameters()):
+            found.append((full, child))
+    return found or [(name, module)]
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _numbered(module: torch.nn.Module) -> bool:

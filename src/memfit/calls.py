@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +131,7 @@ class Call:
         "kept_frame",
         "kwargs",
         "mode",
+        "owner",
         "policy",
         "program_key",
         "recorder",
@@ -158,6 +161,7 @@ class Call:
         self.states: dict[int, dict[Any, torch.Tensor]] | None = None
         self.rng: dict[torch.device, torch.Tensor] | None = None
         self.versions: list[int] = []
+        self.owner: FrameType | None = None
         self.kept_frame: Frame | ReplayOfModule | Kept | None = None
         self.mode = ""
         self.policy: Policy | None = None
@@ -186,15 +190,21 @@ class Call:
         """Pop what `open` pushed, if it is still there."""
         if self.recorder is not None:
             self.recorder.__exit__(None, None, None)
+        self.owner = None
         pack, self.hooked = self.hooked, None
         if pack is not None:
             top = _top(True)
             if top is not None and top[0] is pack:
                 _pop()
 
-    def nested(self, block: Block) -> bool:
-        """Whether ``block`` runs inside this call: its saved tensors are this call's."""
-        return block is not self.block and _runs(self)
+    def is_stale(self) -> bool:
+        """Whether the call is over although no hook said so: a KeyboardInterrupt went through it (rule 17)."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame is self.owner:
+                return False
+            frame = frame.f_back
+        return True
 
     def _generators(self) -> dict[Any, torch.Tensor]:
         devices = {t.device.type: t.device for t in self.tensors} or {"cpu": torch.device("cpu")}
@@ -221,8 +231,8 @@ class Call:
             assert tensor is not None
             if tensor.shape != size or tensor.stride() != stride or tensor.dtype is not dtype or tensor.device != device:
                 return f"saved tensor {handle.index} is {canary.meta(tensor)[:3]}"
-            if version is not None and tensor._version != version:
-                return f"saved tensor {handle.index} was written {tensor._version} times instead of {version}"
+            if version is not None and handle.version != version:
+                return f"saved tensor {handle.index} was written {handle.version} times instead of {version}"
             if storage >= 0:
                 pointer = tensor.data_ptr()
                 if pointer and storages.setdefault(storage, pointer - offset) != pointer - offset:
@@ -263,8 +273,6 @@ class Call:
         raw = getattr(node, "_raw_saved_tensors", ()) or ()
         if not raw:
             return found
-        for handle in self.handles:
-            handle.version = handle.tensor._version if handle.tensor is not None else -1
         seen = {id(h.tensor): h.index for h in self.handles}
         pointers = {h.tensor.data_ptr(): h.index for h in self.handles if h.tensor is not None}
         try:
@@ -282,9 +290,6 @@ class Call:
 
     def keep_all(self) -> None:
         """Every tensor stays, as plain autograd would have it."""
-        for handle in self.handles:
-            if handle.tensor is not None:
-                handle.version = handle.tensor._version
         self.mode = "kept"
 
     def frame(self) -> Frame:
@@ -313,7 +318,7 @@ class Call:
         for number, index in compiled.kept.items():
             saved = self.handles[index].tensor
             assert saved is not None
-            cells[number] = (saved, saved._version)
+            cells[number] = (saved, self.handles[index].version)
         return cells
 
     def widened(self, node: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -366,9 +371,6 @@ class Call:
                 handle.tensor = None
                 handle.leaves = tuple([(n, *cells[n]) for n in compiled.leaves[handle.index]])
             elif action != NARROW:
-                tensor = handle.tensor
-                assert tensor is not None
-                handle.version = tensor._version
                 if nodes[compiled.program.saved[handle.index].value.node].custom:
                     handle.frame = frame
 
@@ -424,8 +426,7 @@ class Call:
             tensor = handle.tensor
             assert tensor is not None
             frame.metas.append(canary.meta(tensor))
-            if tensor.data_ptr() in pointers or not tensor.numel():
-                handle.version = tensor._version
+            if tensor.data_ptr() in pointers or not tensor.numel() or tensor._version != handle.version:
                 continue
             step = max(0, tensor.numel() // canary.NUM_SAMPLES)
             if tensor.is_contiguous():
@@ -454,12 +455,6 @@ class Call:
         self.rng = None
         self.kept_frame = None
         self.compiled = None
-
-
-def _runs(call: Call) -> bool:
-    """Whether the call's hooks are still the ones in force."""
-    top = _top(True)
-    return top is not None and top[0] is call.hooked
 
 
 def park(call: Call) -> Callable[[torch.Tensor], Handle]:

@@ -66,6 +66,10 @@ class InfeasibleBudgetError(MemfitError):
         return f"No plan fits {budget}: the smallest peak is {minimum}, at the {self.event}. {advice}"
 
 
+class ChangedTensorError(MemfitError, RuntimeError):
+    """A tensor that the backward needs is not what it was in the forward; as autograd's own error, a RuntimeError."""
+
+
 class RecomputeError(MemfitError):
     """A recomputed value is not the value of the forward pass.
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from memfit import canary
-from memfit.errors import RecomputeError
+from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.replay import NARROW, CompiledPolicy, Restorer, generator_of, view_of, widen
-from memfit.signature import numeric_flags
+from memfit.signature import numeric_flags, set_numeric_flags
 
 Cell = tuple[int, torch.Tensor, int]
 """A leaf of a recipe: node, tensor, and the version that it must still have."""
@@ -28,11 +28,11 @@ class Handle:
     __slots__ = ("frame", "index", "leaves", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor, index: int) -> None:
-        """Own ``tensor``, the ``index``-th that this call packed."""
+        """Own ``tensor``, the ``index``-th that this call packed, as it is at this moment."""
         self.tensor: torch.Tensor | None = tensor
         self.index = index
+        self.version: int = tensor._version
         self.frame: Frame | ReplayOfModule | Kept | None = None
-        self.version = -1
         self.leaves: tuple[Cell, ...] = ()
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
@@ -137,7 +137,11 @@ class Frame:
                 self._add_parameters(handle.index, leaves)
             if task == -1:
                 self.restorer = None  # not in a backward pass: somebody looks at a graph; keep nothing
-            value = restorer.restore(handle.index, leaves)
+            if self.flags == numeric_flags():
+                value = restorer.restore(handle.index, leaves)
+            else:
+                with set_numeric_flags(self.flags):
+                    value = restorer.restore(handle.index, leaves)
             self._check(handle.index, value)
             return value
 
@@ -158,13 +162,6 @@ class Frame:
         self.restorer = Restorer(self.compiled, self.states)
         if task != -1:
             _passes.add(task, self)
-        if self.flags and self.flags != numeric_flags():
-            raise RecomputeError(
-                self.block,
-                "all",
-                "all",
-                "Threads, precision or determinism flags changed between forward and backward. Set them before the step.",
-            )
 
     def end(self) -> None:
         """The backward pass is over: what recipes cached is freed."""
@@ -176,7 +173,7 @@ class Frame:
     def _checked(self, node: int, tensor: torch.Tensor, version: int) -> torch.Tensor:
         if tensor._version != version:
             where = "an input" if self.compiled.program.nodes[node].leaf is not None else "a saved value"
-            raise RuntimeError(
+            raise ChangedTensorError(
                 f"one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{where} of block `{self.block}` that a recipe reads ([{tensor.type()} {list(tensor.shape)}]) is at version "
                 f"{tensor._version}; expected version {version} instead. Write out of place, or keep it: "
@@ -193,10 +190,11 @@ class Frame:
             if tensor._version != version or tensor.data_ptr() != pointer:
                 leaf = self.compiled.program.nodes[node].leaf
                 name = f"{self.block}.{leaf.owner}.{leaf.name}".replace("..", ".") if leaf is not None else self.block
-                raise RuntimeError(
+                how = f"is at version {tensor._version}, was {version}" if tensor._version != version else "has other data"
+                raise ChangedTensorError(
                     f"one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"`{name}` changed between forward and backward, and a recipe of block `{self.block}` reads it "
-                    f"(version {tensor._version}, expected {version}). Run the backward before changing weights."
+                    f"`{name}` changed between forward and backward ({how}), and a recipe of block `{self.block}` reads it. "
+                    "Run the backward before changing weights."
                 )
             leaves.append((node, tensor))
 
@@ -309,7 +307,7 @@ class ReplayOfModule:
     def _run(self) -> None:
         for tensor, version, pointer in self.versions:
             if tensor._version != version or tensor.data_ptr() != pointer:
-                raise RuntimeError(
+                raise ChangedTensorError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"an input or parameter of block `{self.block}` changed between forward and backward, and the block "
                     f"has to run again ([{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected "
@@ -328,6 +326,7 @@ class ReplayOfModule:
         for device, state in self.states.items():
             generator_of(device).set_state(state)
         device_type, dtype, cache = self.autocast or ("cpu", None, False)
+        replaying.active = True
         try:
             with (
                 torch.enable_grad(),
@@ -340,6 +339,7 @@ class ReplayOfModule:
                 except _AllPacked:
                     pass
         finally:
+            replaying.active = False
             for device, state in before.items():
                 generator_of(device).set_state(state)
         for index, (tensor, meta) in enumerate(zip(found, self.metas, strict=False)):
@@ -351,6 +351,15 @@ class ReplayOfModule:
 
     def _mismatch(self, detail: str) -> RecomputeError:
         return RecomputeError(self.block, "all saved tensors", "the whole block, run again", f"The second run differs: {detail}.")
+
+
+class _Replaying(threading.local):
+    """Whether this thread runs a fallback's forward again: blocks inside it are its own affair."""
+
+    active = False
+
+
+replaying = _Replaying()
 
 
 class _AllPacked(Exception):  # noqa: N818 - control flow, not an error

@@ -48,6 +48,9 @@ class Reading:
         loss_peak: Highest between the last forward and the first backward of a block.
         end_peak: Highest since the last block's backward began.
         optimizer_peak: Highest around the optimizer's step, if one ended within the reading.
+        optimizer_state: Its state after that step.
+        gradients_end: Of gradients, when the backward had ended.
+        end_bytes: Held then.
     """
 
     start_bytes: int
@@ -59,6 +62,7 @@ class Reading:
     optimizer_peak: int | None = None
     optimizer_state: int = 0
     gradients_end: int = 0
+    end_bytes: int = 0
 
 
 class Profiler:
@@ -116,7 +120,7 @@ class Profiler:
         if self.reading.end_peak == 0:
             self.reading.end_peak = self._peak()
             self.reading.gradients_end = self._gradients()
-            self._settled()
+            self.reading.end_bytes = self._settled()
             self._meter.reset_peak()
 
     def optimizer_stepped(self, state: int) -> None:
@@ -136,11 +140,15 @@ class Now:
 
     Attributes:
         gradients_start: Bytes of gradients that are there before the forward.
+        settled_bytes: Held between two steps, freed memory handed back.
+        born_bytes: Optimizer state that exists (and is part of ``settled_bytes``).
         state_bytes: Optimizer state, born or reserved.
         gradients_end: Bytes of gradients when the backward has ended.
     """
 
     gradients_start: int
+    settled_bytes: int
+    born_bytes: int
     state_bytes: int
     gradients_end: int
 
@@ -187,12 +195,17 @@ def step_profile(
     )
     order = sorted((i for i, c in enumerate(reading.calls) if c.backward_start is not None), key=lambda i: reading.calls[i].backward_order)
     gone: set[int] = set()
-    for index in order:
+    # NOTE [Scattered pages]: a CPU allocator cannot hand back a page of which anything is in use. What it holds beyond the
+    # tensors grows through a profiled step, is there for later allocations, and is gone when the step is over.
+    over = reading.end_bytes - reading.gradients_end + now.gradients_start + now.born_bytes - reading.start_state
+    scattered = max(0, over - now.settled_bytes) if reading.end_bytes else 0
+    for place_in_backward, index in enumerate(order):
         call = reading.calls[index]
         assert call.backward_start is not None
         alive = [i for i in range(len(reading.calls)) if i not in gone]
         born = max(0, call.gradients - reading.start_gradients)
         outside = call.backward_start - sum(held[i] for i in alive) + state + max(0, more - born)
+        outside -= scattered * (place_in_backward + 1) // len(order)
         live = tuple(place[i] for i in alive if i in place and i != index)
         if index in place:
             events.append(

@@ -22,7 +22,7 @@ from memfit import graph
 from memfit.bits import max_ulp, same_bits
 from memfit.blocks import replayable_children
 from memfit.calls import Call, Entry, ProgramState, park, park_and_snapshot
-from memfit.frames import Frame, ReplayOfModule, forget_failed_passes
+from memfit.frames import Frame, ReplayOfModule, forget_failed_passes, replaying
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program
 from memfit.replay import Restorer
@@ -86,6 +86,7 @@ class Runtime:
         self.choose: Callable[[ProgramState, int, str], Policy | None] = lambda state, index, name: None
         self.listener: Listener | None = None
         self.step_began: Callable[[], None] = lambda: None
+        self.trim: Callable[[], object] | None = None  # hands freed memory back, at block boundaries
         self.backward_seen = False
         self._begun = False
         self._first_frame: weakref.ref[Frame | ReplayOfModule] | None = None
@@ -146,14 +147,18 @@ class Runtime:
 
     def begin_if_new(self) -> None:
         """A forward begins: does a new step begin with it? Only after a backward, or when the last graph was dropped."""
+        stack = self._stack()
+        if stack:
+            if not stack[-1].is_stale():
+                return
+            self.pop_stale()
+            self.backward_seen = True  # the interrupted step is over
         if self._begun and not self.calls:
             return
         if self.calls and not self.backward_seen:
             first = self._first_frame
             if first is None or first() is not None:
                 return  # several forwards before one backward
-        if self._stack():
-            return
         self.step_began()
         self._begun = True
         self.calls = []
@@ -165,17 +170,19 @@ class Runtime:
         self.backward_seen = True
         if self.listener is not None:
             self.listener.backward_entered(index)
+        elif self.trim is not None:
+            self.trim()
 
     # A block call
 
     def before(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-forward hook."""
-        if not torch.is_grad_enabled() or not self.active:
+        if not torch.is_grad_enabled() or not self.active or replaying.active:
             return
         stack = self._stack()
         if stack:
-            if stack[-1].nested(block):
-                return
+            if not stack[-1].is_stale():
+                return  # inside another block: its saved tensors are that block's
             self.pop_stale()
         why = _steps_aside()
         if why:
@@ -195,6 +202,7 @@ class Runtime:
         device = tensors[0].device.type if tensors else "cpu"
         signature = (tuple(key), describe(tensors), block.module.training, autocast_state(device), numeric_flags())
         call = Call(block, len(self.calls), tensors, args, kwargs)
+        call.owner = sys._getframe(2)
         self.calls.append(call)
         if self.listener is not None:
             self.listener.block_entered(call)
@@ -234,13 +242,15 @@ class Runtime:
             call.fall_back()
         else:
             self._finish(call, output)
-        if call.index == 0 or self.listener is not None:
+        if call.index == 0 or self.listener is not None or self.trim is not None:
             call.watch_backward(_Entered(self, call.index))
         if call.index == 0:
             self._first_frame = weakref.ref(call.kept_frame) if call.kept_frame is not None else None
         call.settle()
         if self.listener is not None:
             self.listener.block_left(call)
+        elif self.trim is not None:
+            self.trim()
 
     def _watch(self, block: Block) -> None:
         """Has the block become another one? Looked at once per forward of the model."""
@@ -285,7 +295,7 @@ class Runtime:
             if value is not None:
                 leaves.append((Leaf("parameter" if kind == "parameter" else "buffer", -1, owner, name), value))
         call.versions = [t._version for t in call.tensors]
-        recorder = Recorder(leaves, owner=sys._getframe(2).f_back)
+        recorder = Recorder(leaves, owner=call.owner)
         call.recorder = recorder
         call.started = time.perf_counter()
         call.open(park(call), _RandomStates(call.tensors))
@@ -306,6 +316,7 @@ class Runtime:
         self.record_seconds += time.perf_counter() - call.started
         block.recordings_in_a_row += 1
         why = program.foreign and f"tensors of type {program.foreign}"
+        why = why or (program.python_random and "draws Python randomness")
         why = why or (program.data_dependent and f"depends on data: {program.data_dependent}")
         if not why and block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
             why = "its program changes from call to call"
@@ -446,7 +457,7 @@ class _RootHook:
     runtime: Runtime | None
 
     def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        if self.runtime is not None:
+        if not torch.compiler.is_compiling() and self.runtime is not None:
             self.runtime.generation += 1
 
     def __deepcopy__(self, memo: Any) -> _RootHook:
@@ -464,7 +475,7 @@ class _PreHook:
     block: Block | None
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.runtime is not None and self.block is not None:
+        if not torch.compiler.is_compiling() and self.runtime is not None and self.block is not None:
             self.runtime.before(self.block, args, kwargs)
 
     def __deepcopy__(self, memo: Any) -> _PreHook:
@@ -482,7 +493,7 @@ class _PostHook:
     block: Block | None
 
     def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.runtime is not None and self.block is not None:
+        if not torch.compiler.is_compiling() and self.runtime is not None and self.block is not None:
             self.runtime.after(self.block, output)
 
     def __deepcopy__(self, memo: Any) -> _PostHook:

@@ -9,6 +9,7 @@ watched separately by `Watch`, once per forward of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +65,29 @@ def numeric_flags() -> tuple[Any, ...]:
         torch.backends.cudnn.allow_tf32,
         torch.backends.mkldnn.enabled,
     )
+
+
+@contextmanager
+def set_numeric_flags(flags: tuple[Any, ...]) -> Iterator[None]:
+    """Run with the flags of an earlier `numeric_flags`."""
+    before = numeric_flags()
+    _set_flags(flags)
+    try:
+        yield
+    finally:
+        _set_flags(before)
+
+
+def _set_flags(flags: tuple[Any, ...]) -> None:
+    threads, dtype, deterministic, precision, tf32, mkldnn = flags
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.mkldnn.enabled = mkldnn
 
 
 def autocast_state(device_type: str) -> Any:

@@ -57,6 +57,7 @@ class Recorder(TorchDispatchMode):
         self._events: list[tuple[Any, Any, int]] = []  # CUDA timing events
         self._sizes: list[tuple[StorageWeakRef, int]] = []
         self._packed_at_last_draw = 0
+        self._generator_states: dict[torch.device, torch.Tensor] = {}
         self._constants: dict[int, Any] = {}
         self._taped: dict[Any, int] = {}
         self._num_taped = 0
@@ -69,6 +70,8 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Recorder:
         self._random_state = _python_random_state()
+        for device in {torch.device("cpu"), *(t.device for _, t in self.leaves if t.device.type in ("cpu", "cuda"))}:
+            self._generator_states[device] = _generator(device).get_state()
         for name in _READERS:
             self._patches.append((name, _patch_reader(self, name)))
         super().__enter__()
@@ -77,6 +80,7 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *exc: Any) -> None:
         self._unpatch()
         super().__exit__(*exc)
+        self._owner = None  # a frame holds its callers' frames, and they hold the model's intermediate results
         self.program.python_random = _python_random_state() != self._random_state
 
     def _unpatch(self) -> None:
@@ -153,7 +157,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default and not program.data_dependent:
             program.data_dependent = "item()"
-        if torch.Tag.dynamic_output_shape in func.tags and not program.data_dependent:
+        if torch.Tag.dynamic_output_shape in func.tags and not program.data_dependent and not _indexes_by_integers(func, args):
             program.data_dependent = func._schema.name
         written = ops.written(func, args, kwargs)
         written_ids = {id(t) for t in written}
@@ -195,8 +199,8 @@ class Recorder(TorchDispatchMode):
         op.args, op.kwargs = template, template_kwargs
         op.inputs = tuple(dict.fromkeys(reads.values()))
         op.recomputable, op.reason = self._may_recompute(func, op, allowed, written, hidden, site)
-        if drawn:
-            self._mark_random(index, op)
+        if drawn and state is not None:
+            self._mark_random(index, op, state, device)
         if inplace and len(written) == 1:
             op.target = self._target(written[0])
             op.overwrites = overwrites
@@ -348,7 +352,7 @@ class Recorder(TorchDispatchMode):
         start.record()
         return start, end
 
-    def _mark_random(self, index: int, op: ProgramOp) -> None:
+    def _mark_random(self, index: int, op: ProgramOp, state: torch.Tensor, device: torch.device) -> None:
         """Find where a run can take the generator's state: at entry, or at a pack since the random op before."""
         packed = len(self.program.saved)
         earlier = [o for o in self.program.ops[:index] if o.random]
@@ -359,6 +363,10 @@ class Recorder(TorchDispatchMode):
         else:
             op.recomputable, op.reason = False, "draws right after another random op"
         self._packed_at_last_draw = packed
+        expected = self._generator_states.get(device)
+        if expected is not None and not torch.equal(expected, state):
+            op.recomputable, op.reason = False, "something else moved the generator"
+        self._generator_states[device] = _generator(device).get_state()
 
     # Nodes
 
@@ -660,6 +668,13 @@ def _outputs(result: Any) -> list[tuple[int | None, torch.Tensor]]:
     if isinstance(result, (tuple, list)):
         return [(i, t) for i, t in enumerate(result) if isinstance(t, torch.Tensor)]
     return []
+
+
+def _indexes_by_integers(func: OpOverload, args: tuple[Any, ...]) -> bool:
+    """``index`` is tagged as data-dependent for the sake of masks; with integers its shape is that of its arguments."""
+    if ops.base_name(func) != "index":
+        return False
+    return all(t.dtype not in (torch.bool, torch.uint8) for t in _tensors(args[1:]))
 
 
 def _address(tensor: torch.Tensor) -> int:

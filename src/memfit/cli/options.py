@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from memfit.errors import UsageError
 from memfit.units import parse_budget
@@ -26,7 +27,7 @@ def add_budget(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGr
     return group
 
 
-def read_budget(arguments: argparse.Namespace) -> dict[str, object]:
+def read_budget(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those options as keyword arguments of `fit` and `plan`, checked before torch is imported.
 
     Raises:
@@ -34,7 +35,7 @@ def read_budget(arguments: argparse.Namespace) -> dict[str, object]:
         UsageError: `--every-n-layers` is below 1.
     """
     parse_budget(arguments.budget)
-    chosen: dict[str, object] = {}
+    chosen: dict[str, Any] = {}
     if arguments.budget is not None:
         chosen["budget"] = arguments.budget
     if arguments.policy is not None:

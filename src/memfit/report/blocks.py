@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,8 +25,8 @@ class BlockRow:
         num_calls: Calls in one step.
         mode: ``replay``, ``descent``, ``fallback`` or ``plain``.
         reason: Why not ``replay``; empty where there is nothing to say.
-        saved_bytes: By all of these calls together.
-        recomputed_bytes: By all of these calls together.
+        saved_bytes: By all of these calls together; ``None`` where it was not measured.
+        recomputed_bytes: By all of these calls together; ``None`` where it was not measured.
         is_child: Whether they are parts of a block that was split.
     """
 
@@ -34,40 +34,38 @@ class BlockRow:
     num_calls: int
     mode: str
     reason: str
-    saved_bytes: int
-    recomputed_bytes: int
+    saved_bytes: int | None
+    recomputed_bytes: int | None
     is_child: bool
 
 
 def fold(blocks: Iterable[Mapping[str, Any]]) -> list[BlockRow]:
     """Fold equal block calls, in the order in which each kind first appears."""
-    groups: dict[tuple[object, ...], list[str]] = {}
+    groups: dict[BlockRow, list[str]] = {}
     for block in blocks:
         name = str(block["name"])
-        key = (
-            _NUMBER.sub("*", name),
-            str(block.get("mode") or ""),
-            str(block.get("reason") or ""),
-            int(block.get("saved_bytes") or 0),
-            int(block.get("recomputed_bytes") or 0),
-            block.get("parent") is not None,
+        # One call of its kind, numbers left out: calls that agree in all of this share a row.
+        kind = BlockRow(
+            name=_NUMBER.sub("*", name),
+            num_calls=1,
+            mode=str(block.get("mode") or ""),
+            reason=str(block.get("reason") or ""),
+            saved_bytes=block.get("saved_bytes"),
+            recomputed_bytes=block.get("recomputed_bytes"),
+            is_child=bool(block.get("parent")),
         )
-        groups.setdefault(key, []).append(name)
-    rows: list[BlockRow] = []
-    for (_, mode, reason, saved, recomputed, is_child), names in groups.items():
-        for label, num_calls in _labels(names):
-            rows.append(
-                BlockRow(
-                    name=label,
-                    num_calls=num_calls,
-                    mode=str(mode),
-                    reason=str(reason),
-                    saved_bytes=int(str(saved)) * num_calls,
-                    recomputed_bytes=int(str(recomputed)) * num_calls,
-                    is_child=bool(is_child),
-                )
-            )
-    return rows
+        groups.setdefault(kind, []).append(name)
+    return [
+        replace(
+            kind,
+            name=label,
+            num_calls=num_calls,
+            saved_bytes=None if kind.saved_bytes is None else kind.saved_bytes * num_calls,
+            recomputed_bytes=None if kind.recomputed_bytes is None else kind.recomputed_bytes * num_calls,
+        )
+        for kind, names in groups.items()
+        for label, num_calls in _labels(names)
+    ]
 
 
 def _labels(names: Sequence[str]) -> list[tuple[str, int]]:

@@ -3,7 +3,8 @@
 A summary is plain data, `Handle.summary()`. Keys that `render` reads, bytes and seconds, ``None`` or absent where
 unknown:
 
-- ``budget_bytes``, ``predicted_peak_bytes``, ``measured_peak_bytes``, ``plain_peak_bytes``, ``peak_event``
+- ``budget`` (a word such as `min`), ``budget_bytes``, ``predicted_peak_bytes``, ``measured_peak_bytes``,
+  ``plain_peak_bytes``, ``peak_event``
 - ``static_bytes``, ``working_bytes``: parts of the predicted peak; what remains is saved by blocks
 - ``context_bytes``: the CUDA context, which no budget covers
 - ``step_seconds``, ``recompute_seconds``, ``saved_bytes``, ``recomputed_bytes``, ``steps``
@@ -84,6 +85,8 @@ def _peak_lines(summary: Mapping[str, Any]) -> list[str]:
     text = " ".join(words)
     if summary.get("peak_event"):
         text += f", at the {summary['peak_event']}"
+    if summary.get("budget"):
+        text += f"; budget `{summary['budget']}`"
     if isinstance(budget, int) and peak > budget:
         text += f"; {format_bytes(peak - budget)} over the budget"
     return [_line("peak", f"{value} {unit}", text), *_part_lines(summary, peak, unit)]
@@ -113,7 +116,12 @@ def _part_lines(summary: Mapping[str, Any], peak: int, unit: str) -> list[str]:
 
 def _plain_line(summary: Mapping[str, Any]) -> list[str]:
     plain = summary.get("plain_peak_bytes")
-    return [] if plain is None else [_line("plain", format_bytes(plain), "predicted peak if everything were saved")]
+    # Without a plan everything was saved: the peak itself is the plain one.
+    return (
+        []
+        if plain is None or summary.get("predicted_peak_bytes") is None
+        else [_line("plain", format_bytes(plain), "predicted peak if everything were saved")]
+    )
 
 
 def _step_line(summary: Mapping[str, Any]) -> list[str]:
@@ -145,8 +153,8 @@ def _table(rows: Sequence[BlockRow]) -> list[str]:
             f"  {row.name}" if row.is_child else row.name,
             str(row.num_calls),
             row.mode,
-            format_bytes(row.saved_bytes),
-            format_bytes(row.recomputed_bytes),
+            "" if row.saved_bytes is None else format_bytes(row.saved_bytes),
+            "" if row.recomputed_bytes is None else format_bytes(row.recomputed_bytes),
             row.reason,
         )
         for row in rows

@@ -206,8 +206,6 @@ def _search(profile: StepProfile, options: Sequence[Sequence[Option]]) -> _Searc
 
     def within(limit: int, cells: int) -> list[int] | None:
         picked = [0] * len(options)
-        if limit < step.static_bytes:
-            return None
         for chain in step.chains:
             found = fastest(chain, of(chain), limit, cells=cells)
             if found is None:

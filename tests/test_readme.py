@@ -1,0 +1,93 @@
+"""The README's commands and code, run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    command
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if (command := line.split("#")[0].strip()).startswith("memfit ")
+]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+TRAIN = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+def build():
+    model = nn.Sequential(*[Block() for _ in range(3)])
+    return model, torch.randn(64, 32), lambda output, batch: output.square().mean()
+
+if __name__ == "__main__":
+    model, batch, loss = build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        loss(model(batch), batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def train(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        model(torch.randn(64, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_the_first_result_is_within_thirty_lines():
+    first = next(i for i, line in enumerate(README.splitlines(), start=1) if "handle.report()" in line)
+    assert first <= 30
+
+
+def test_commands_run_in_order(tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    assert len(COMMANDS) >= 5
+    for command in COMMANDS:
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_code_runs(snippet, capsys):
+    model = nn.Sequential(*[Block() for _ in range(3)])
+    exec(snippet, {"model": model, "train": train})
+    assert capsys.readouterr().out.startswith("peak ")
