@@ -33,7 +33,7 @@ def _peak(side: dict[str, Any] | None) -> str:
 
 def limit(case: str, row: dict[str, Any]) -> float | None:
     """The highest time ratio against plain that this row may have, or ``None`` where nothing is promised."""
-    peer = row.get("peer")
+    peer: dict[str, float] | None = row.get("peer")
     if row["row"] == "half":
         return HALF_LIMITS[case]
     if peer is None or "error" in peer:
@@ -42,8 +42,8 @@ def limit(case: str, row: dict[str, Any]) -> float | None:
     if row["row"] == "every-1" and case == "llama":
         return min(at_most, 1 + 0.5 * (peer["ratio"] - 1))
     if row["row"] == "every-1" and case == "heavy":
-        return float(peer["ratio"])
-    return float(at_most)
+        return peer["ratio"]
+    return at_most
 
 
 def step_table(shape: dict[str, Any]) -> Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -17,6 +19,9 @@ from typing import Any
 from memfit import host
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+_INTERVAL_SECONDS = 0.02
 
 
 class WorkerError(Exception):
@@ -79,6 +84,7 @@ class Worker:
             WorkerError: The worker failed.
         """
         assert self._process.stdin is not None
+        self._forget_highest()
         try:
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
@@ -92,14 +98,33 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        # Memfit resets the kernel's high-water mark for its own measurements, also within a step. So it is read from
+        # outside as well, while waiting: a peak that the worker no longer sees is seen here.
+        highest = 0
+        while not select.select([self._process.stdout], [], [], _INTERVAL_SECONDS)[0]:
+            highest = max(highest, self._highest_resident_bytes())
         line = self._process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": f"it ended with {self._process.wait()}"}
+        if "peak_bytes" in answer and "allocated_peak_bytes" not in answer:
+            answer["peak_bytes"] = max(answer["peak_bytes"], highest)
         if "error" in answer:
             self._process.wait()
             self._errors.seek(0)
             tail = "".join(self._errors.readlines()[-8:])
             raise WorkerError(f"`{self.name}`: {answer['error']}\n{tail}".rstrip())
         return answer
+
+    def _forget_highest(self) -> None:
+        """Reset the high-water mark, so that no answer is charged for what came before it."""
+        with contextlib.suppress(OSError):  # the worker says so itself
+            Path(f"/proc/{self._process.pid}/clear_refs").write_bytes(b"5")
+
+    def _highest_resident_bytes(self) -> int:
+        try:
+            with open(f"/proc/{self._process.pid}/status", encoding="ascii", errors="replace") as status:
+                return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+        except (OSError, StopIteration):
+            return 0  # it has just ended
 
 
 @dataclass(slots=True, kw_only=True)

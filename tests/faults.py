@@ -18,6 +18,9 @@ import memfit
 from gradients import Tensors, copies, differences, random_state, seed
 from policies import random_policy
 
+SMALLEST: dict[str, dict[str, Any]] = {"min": {"budget": "min"}}
+"""Differs from the others in step one, which it measures; later it may recompute nothing: the peak is elsewhere."""
+
 FITS: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
     "random": {"policy": random_policy(3, keep=0.3)},

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import memfit
-from faults import FITS, WIDTH, Block, Stack, data
+from faults import FITS, SMALLEST, WIDTH, Block, Stack, data
 from gradients import assert_bitwise_equal, copies, seed
 from zoo import bert_model, build, call, gpt2_model, language, llama_model
 
-fitted_ways = pytest.mark.parametrize("options", list(FITS.values()), ids=list(FITS))
+WAYS = {**FITS, **SMALLEST}
+fitted_ways = pytest.mark.parametrize("options", list(WAYS.values()), ids=list(WAYS))
 
 
 @pytest.fixture
@@ -327,7 +328,7 @@ def models() -> dict[str, Callable[[], tuple[nn.Module, Callable[[int], Tensor]]
         return model, lambda i: model(data(i))
 
     def mixture() -> tuple[nn.Module, Callable[[int], Tensor]]:
-        case = build("mixtral")
+        case = build("mixtral-loop")
         return case.model, lambda i: case.loss(call(case.model, case.batches(i)), case.batches(i))
 
     return {

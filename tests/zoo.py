@@ -251,24 +251,29 @@ def gpt_neox() -> Case:
     return Case(GPTNeoXForCausalLM(config), language)
 
 
-@hugging_face
-def mixtral() -> Case:
+def mixtral_model(**more: Any) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    shape = decoder_shape(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
-    config = MixtralConfig(**shape, attention_dropout=0.1, output_router_logits=True, router_jitter_noise=0.01)
-    return Case(MixtralForCausalLM(config), language)
+    shape = decoder_shape(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, attention_dropout=0.1)
+    return MixtralForCausalLM(MixtralConfig(**shape, output_router_logits=True, router_jitter_noise=0.01, **more))
+
+
+@hugging_face
+def mixtral() -> Case:
+    return Case(mixtral_model(), language)
+
+
+def qwen_moe_model(**more: Any) -> nn.Module:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    shape = decoder_shape(num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
+    widths = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**shape, **widths, attention_dropout=0.1, **more))
 
 
 @hugging_face
 def qwen_moe() -> Case:
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    shape = decoder_shape(num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
-    config = Qwen2MoeConfig(
-        **shape, moe_intermediate_size=32, shared_expert_intermediate_size=32, attention_dropout=0.1
-    )
-    return Case(Qwen2MoeForCausalLM(config), language)
+    return Case(qwen_moe_model(), language)
 
 
 @hugging_face
@@ -676,6 +681,18 @@ def llama_eager() -> Case:
 def bert_eager() -> Case:
     """The same for an encoder."""
     return Case(bert_model(attn_implementation="eager"), lambda i: padded(masked_language(i), i))
+
+
+@varied
+def mixtral_loop() -> Case:
+    """Experts in a Python loop over those that got tokens: which ones did depends on data."""
+    return Case(mixtral_model(experts_implementation="eager"), language)
+
+
+@varied
+def qwen_moe_loop() -> Case:
+    """The same, beside an expert that gets every token."""
+    return Case(qwen_moe_model(experts_implementation="eager"), language)
 
 
 @varied

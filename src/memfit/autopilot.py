@@ -29,6 +29,7 @@ from memfit.profiler import Now, Profiler, step_profile
 from memfit.profiles import ProgramProfile, StepProfile
 from memfit.report.text import render
 from memfit.runtime import Runtime
+from memfit.solver.frontier import block_options
 from memfit.solver.planner import make_plan, solve
 from memfit.solver.special import full_policy, plain_policy, selective_policy
 
@@ -36,9 +37,13 @@ PolicyChoice = str | Callable[[ProgramProfile], Policy] | None
 STATE_FACTORS = {"adamw": 2.0, "adam": 2.0, "sgd": 0.0, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0, "adafactor": 0.1}
 """Optimizer state per trainable parameter byte, reserved until the first `optimizer.step()`."""
 MAX_SEQUENCES = 64
-MAX_CORRECTIONS = 3
-SLACK_SHARE = {"tcmalloc": 0.03, "jemalloc": 0.05, "glibc": 0.10}
+MAX_CORRECTIONS = 4
+SLACK_SHARE = {"tcmalloc": 0.12, "jemalloc": 0.15, "glibc": 0.15}
+"""Of what a plan moves, for what an allocator cannot use again; learnt from the first planned steps afterwards."""
 SLACK_FLOOR = 6 * 2**20
+SETTLED_STEPS = 3
+ROOM_SHARE = 0.015
+"""After so many planned steps, a plan that left more than this share of the budget unused is made again."""
 TRIM_SHARE = 0.8
 """Under glibc, which hands nothing back by itself: trim where the plan comes this near to the budget."""
 
@@ -60,7 +65,7 @@ class Handle:
     ) -> None:
         """Use `fit`."""
         self.plan: Plan | None = None
-        self._model: weakref.ref[torch.nn.Module] = weakref.ref(model)
+        self._model = weakref.ref(model)
         self._name = type(model).__name__
         self._device = device
         self._budget = budget
@@ -106,7 +111,7 @@ class Handle:
             model.register_forward_pre_hook(_ModelHook(self, before=True)),
             model.register_forward_hook(_ModelHook(self, before=False), always_call=True),
         ]
-        _fitted[model] = self
+        _fitted[model] = weakref.ref(self)
 
     def __enter__(self) -> Handle:
         return self
@@ -242,9 +247,15 @@ class Handle:
         if fitted is None or plan is None or not isinstance(self._budget, int) or self._corrections >= MAX_CORRECTIONS:
             return
         raw = fitted.raw_peak
+        fitted.peak = max(fitted.peak, peak)
+        fitted.steps += 1
         if peak > self._budget:
             self._corrections += 1
-            self._slack = max(self._slack, peak - raw) + (peak - self._budget) // 2 + SLACK_FLOOR
+            self._slack = max(self._slack, peak - raw) + SLACK_FLOOR
+            fitted.stale = True
+        elif fitted.steps == SETTLED_STEPS and plan.recompute_seconds > 0 and self._budget - fitted.peak > ROOM_SHARE * self._budget:
+            self._corrections += 1
+            self._slack = max(0, fitted.peak - raw) + SLACK_FLOOR
             fitted.stale = True
 
     def _settle_plan(self) -> None:
@@ -261,8 +272,10 @@ class Handle:
         reading = profiler.reading
         states = self.runtime.states
         programs = {key: self._profile(states[key]) for _, key in sequence if key in states}
-        self._meter.release()
         resident = self._gradient_bytes()
+        if not self._plans:
+            self._warm_up(programs)
+        self._meter.release()
         now = Now(
             gradients_start=resident,
             settled_bytes=self._meter.now() if self._device.type == "cpu" else self._meter.allocated(),
@@ -292,6 +305,11 @@ class Handle:
             self._plans.pop(next(iter(self._plans)))
         self._plans[sequence] = fitted
         self._recompute = True
+
+    def _warm_up(self, programs: dict[str, ProgramProfile]) -> None:
+        """Let the solver's code and workspaces grow the process before it is measured."""
+        for program in list(programs.values())[:1]:
+            block_options(program)
 
     def _plan(self, profile: StepProfile, sequence: tuple[tuple[str, str], ...]) -> Plan:
         names = {"model": self._name, "fingerprint": self._fingerprint}
@@ -458,7 +476,7 @@ class Handle:
 class _Fitted:
     """A plan in force for one sequence of block calls."""
 
-    __slots__ = ("names", "plan", "policies", "profile", "profiler", "raw_peak", "stale", "state_reserved")
+    __slots__ = ("names", "plan", "policies", "profile", "profiler", "peak", "raw_peak", "stale", "state_reserved", "steps")
 
     def __init__(
         self, plan: Plan, raw_peak: int, indices: list[int], profiler: Profiler, profile: StepProfile, state_reserved: bool
@@ -470,6 +488,8 @@ class _Fitted:
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
         self.names = {index: plan.calls[place].name for place, index in enumerate(indices)}
         self.stale = False
+        self.peak = 0
+        self.steps = 0
         self.state_reserved = state_reserved
 
 
@@ -478,17 +498,20 @@ class _Modes:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.notes: list[str] = []
-        self._configs = list({id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}.values())
-        self._switched = [m for m in model.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)]
-        self._taken: list[torch.nn.Module] = []
+        self._configs: list[Any] = list({id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}.values())
+        self._switched = [
+            weakref.ref(m) for m in model.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)
+        ]
+        self._taken: list[weakref.ref[torch.nn.Module]] = []
         self._caches: list[tuple[Any, Any]] = []
 
     def enter(self) -> None:
         """A training forward begins."""
-        for module in self._switched:
-            if module.gradient_checkpointing:
+        for reference in self._switched:
+            module: Any = reference()
+            if module is not None and module.gradient_checkpointing:
                 module.gradient_checkpointing = False
-                self._taken.append(module)
+                self._taken.append(reference)
                 note = "the model's own gradient checkpointing was taken over: the plan decides instead"
                 if note not in self.notes:
                     self.notes.append(note)
@@ -506,23 +529,25 @@ class _Modes:
     def restore(self) -> None:
         """As the user had it."""
         self.leave()
-        for module in self._taken:
-            module.gradient_checkpointing = True
+        for reference in self._taken:
+            module: Any = reference()
+            if module is not None:
+                module.gradient_checkpointing = True
         self._taken = []
 
 
 class _Hook:
-    """Holds its handle weakly; copies and pickles as inert."""
+    """Copies and pickles as inert."""
 
     __slots__ = ("_before", "_handle")
 
     def __init__(self, handle: Handle | None = None, *, before: bool = True) -> None:
-        self._handle = weakref.ref(handle) if handle is not None else None
+        self._handle: Callable[[], Handle | None] = lambda: handle
         self._before = before
 
     def handle(self) -> Handle | None:
         """The handle, if it is still there."""
-        return self._handle() if self._handle is not None else None
+        return self._handle()
 
     def __deepcopy__(self, memo: Any) -> _Hook:
         return type(self)()
@@ -532,7 +557,14 @@ class _Hook:
 
 
 class _OptimizerHook(_Hook):
+    """A global hook: it must not keep the model alive."""
+
     __slots__ = ()
+
+    def __init__(self, handle: Handle | None = None, *, before: bool = True) -> None:
+        super().__init__(None, before=before)
+        if handle is not None:
+            self._handle = weakref.ref(handle)
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         handle = self.handle()
@@ -556,7 +588,7 @@ class _ModelHook(_Hook):
             handle.runtime.begin_if_new()
 
 
-_fitted: weakref.WeakKeyDictionary[torch.nn.Module, Handle] = weakref.WeakKeyDictionary()
+_fitted: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
 
 def fit(
@@ -592,7 +624,8 @@ def fit(
     """
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"`fit` takes a torch.nn.Module, not {type(model).__name__}.")
-    if any(m in _fitted for m in model.modules()):
+    parts = set(model.modules())
+    if any(fitted in parts or model in set(fitted.modules()) for fitted in list(_fitted)):
         raise ModelError(f"This {type(model).__name__} is fitted already. Call `handle.remove()` on its handle first.")
     chosen = sum(x is not None for x in (budget, policy if policy is not None else every_n_layers, plan))
     if chosen > 1:
@@ -601,6 +634,8 @@ def fit(
         raise UsageError(f"There is no policy `{policy}`. Write `full` or `selective`, or give a `budget`.")
     if every_n_layers is not None and (isinstance(every_n_layers, bool) or not isinstance(every_n_layers, int) or every_n_layers < 1):
         raise UsageError(f"`every_n_layers={every_n_layers}` is not a positive integer.")
+    if isinstance(optimizer, str) and optimizer.lower() not in STATE_FACTORS:
+        raise UsageError(f"`optimizer={optimizer}` is not known. Give the optimizer itself, or one of: {', '.join(STATE_FACTORS)}.")
     device = _device_of(model)
     limit = resolve_budget(budget, device)
     if not any(p.requires_grad for p in model.parameters()):

@@ -11,6 +11,7 @@ import torch
 
 from memfit import canary
 from memfit.bits import hash_on_device
+from memfit.errors import MemfitError
 from memfit.frames import Cell, Frame, Handle, Kept, ReplayOfModule, kept, unpack
 from memfit.plans import Policy
 from memfit.programs import Program
@@ -49,7 +50,11 @@ class ProgramState:
             wanted = Policy(
                 program=self.key, kept=tuple(sorted(set(wanted.kept) | self.demoted)), narrowed=narrowed
             )
-            found = self._compiled[(policy, self.version)] = compile_policy(self.program, wanted)
+            try:
+                found = compile_policy(self.program, wanted)
+            except MemfitError:  # made for a recording in which more had proved itself
+                found = compile_policy(self.program, self.keep_everything())
+            self._compiled[(policy, self.version)] = found
         return found
 
     def keep_everything(self) -> Policy:
@@ -74,6 +79,12 @@ class ProgramState:
         """Another recording of the same program: op times become the smaller of both, which is the less disturbed."""
         self.members += 1
         if program is self.program:
+            return
+        if program.unproven < self.program.unproven:
+            program.forward_seconds = min(self.program.forward_seconds, program.forward_seconds)
+            self.program = program  # the same ops, of which more have proved themselves
+            self.version += 1
+            self._compiled.clear()
             return
         for mine, other in zip(self.program.ops, program.ops, strict=True):
             mine.seconds = min(mine.seconds, other.seconds)
@@ -455,6 +466,7 @@ class Call:
         self.rng = None
         self.kept_frame = None
         self.compiled = None
+        self.recorder = None
 
 
 def park(call: Call) -> Callable[[torch.Tensor], Handle]:

@@ -8,7 +8,7 @@ weights, gradients born so far, optimizer state, logits, libraries. It is measur
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -199,6 +199,14 @@ def step_profile(
     # tensors grows through a profiled step, is there for later allocations, and is gone when the step is over.
     over = reading.end_bytes - reading.gradients_end + now.gradients_start + now.born_bytes - reading.start_state
     scattered = max(0, over - now.settled_bytes) if reading.end_bytes else 0
+    # NOTE [First times]: code and workspaces that a backward touches first grow the process for good, after the forward and
+    # the loss of the profiled step were read.
+    settled = now.settled_bytes - (now.gradients_start - reading.start_gradients) - (now.born_bytes - reading.start_state)
+    if order:
+        first = reading.calls[order[0]]
+        assert first.backward_start is not None
+        grown = max(0, settled - (first.backward_start - sum(held) - (first.gradients - reading.start_gradients)))
+        events = [replace(event, outside_bytes=event.outside_bytes + grown) for event in events]
     for place_in_backward, index in enumerate(order):
         call = reading.calls[index]
         assert call.backward_start is not None
@@ -206,6 +214,7 @@ def step_profile(
         born = max(0, call.gradients - reading.start_gradients)
         outside = call.backward_start - sum(held[i] for i in alive) + state + max(0, more - born)
         outside -= scattered * (place_in_backward + 1) // len(order)
+        outside = max(outside, settled + born + state + max(0, more - born))
         live = tuple(place[i] for i in alive if i in place and i != index)
         if index in place:
             events.append(

@@ -8,6 +8,7 @@ last use. Nothing here is recursive at run time, and no value is derived by call
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from memfit.programs import Program, ProgramOp, Ref, Value, refs
 SAVE, RECOMPUTE, NARROW = 0, 1, 2
 
 Environment = dict[int, torch.Tensor]
-Step = Callable[[Environment, list[int]], None]
+Step = Callable[[Environment, list[int], torch.Generator | None], None]
+_default_generators = threading.Lock()
 
 
 @dataclass(slots=True)
@@ -225,8 +227,10 @@ def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept
 
     if target is None:
 
-        def step(env: Environment, uses: list[int]) -> None:
+        def step(env: Environment, uses: list[int], generator: torch.Generator | None) -> None:
             args, keywords = arguments(env)
+            if generator is not None:
+                keywords = {**keywords, "generator": generator}
             result = func(*args, **keywords)
             del args
             for position, node in outputs:
@@ -240,7 +244,7 @@ def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept
     device = program.nodes[made].device
     owned = target.node not in kept and program.nodes[target.node].leaf is None
 
-    def step_in_place(env: Environment, uses: list[int]) -> None:
+    def step_in_place(env: Environment, uses: list[int], generator: torch.Generator | None) -> None:
         # NOTE [Writes of recipes]: only a storage that this recipe made, and that nothing else will read, is written.
         if op.overwrites:
             base = torch.empty_strided(target.size, target.stride, dtype=target.dtype, device=device)
@@ -252,6 +256,8 @@ def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept
             written = view_of(base, target, bases[target.node])
         args, keywords = arguments(env)
         args[position] = written
+        if generator is not None:
+            keywords = {**keywords, "generator": generator}
         func(*args, **keywords)
         release(env, uses)
         if uses[made] > 0:
@@ -329,17 +335,24 @@ def run_ops(
             op = program.ops[index]
             step = compiled.steps[index]
             if not op.random:
-                step(env, uses)
+                step(env, uses, None)
                 continue
             device = program.nodes[op.outputs[0][1]].device
-            generator = generator_of(device)
             assert states is not None and op.snapshot is not None
-            before = generator.get_state()
-            generator.set_state(states[op.snapshot][device.type])
-            try:
-                step(env, uses)
-            finally:
-                generator.set_state(before)
+            state = states[op.snapshot][device.type]
+            if any(argument.name == "generator" for argument in op.func._schema.arguments):
+                own = torch.Generator(device)  # outside it nothing moves
+                own.set_state(state)
+                step(env, uses, own)
+                continue
+            with _default_generators:
+                generator = generator_of(device)
+                before = generator.get_state()
+                generator.set_state(state)
+                try:
+                    step(env, uses, None)
+                finally:
+                    generator.set_state(before)
 
 
 def generator_of(device: torch.device) -> torch.Generator:

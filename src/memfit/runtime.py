@@ -79,7 +79,6 @@ class Runtime:
 
     def __init__(self, model: torch.nn.Module, blocks: Iterable[tuple[str, torch.nn.Module]]) -> None:
         """Install hooks on ``blocks``; every call keeps everything until `choose` says otherwise."""
-        self.model = model
         self.blocks: list[Block] = []
         self.states: dict[str, ProgramState] = {}
         self.calls: list[Call] = []  # of the step so far
@@ -135,7 +134,9 @@ class Runtime:
         """Pop hooks and modes that a KeyboardInterrupt left behind (rule 17)."""
         stack = self._stack()
         while stack:
-            stack.pop().close()
+            call = stack.pop()
+            call.close()
+            call.settle()
 
     def _stack(self) -> list[Call]:
         stack: list[Call] | None = getattr(self._local, "stack", None)
@@ -235,6 +236,7 @@ class Runtime:
         failed = sys.exc_info()[0] is not None and output is None
         if failed:
             call.keep_all()
+            call.settle()
             return
         if call.recorder is not None:
             self._finish_recording(call, output)

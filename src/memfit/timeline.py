@@ -7,6 +7,7 @@ watched by a dispatch mode. The working set of every policy is then computed fro
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -19,10 +20,15 @@ from memfit.programs import Program, TapeRef
 
 def backward_timeline(program: Program) -> tuple[TimelineEvent, ...]:
     """The timeline of ``program``; where its tape cannot be replayed, one with a gradient for each saved tensor."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it prints a traceback where an op has no fake kernel
     try:
         events = _fake_backward(program)
     except Exception:  # noqa: BLE001 - whatever a fake kernel raises, the estimate below is an upper bound
         events = None
+    finally:
+        logger.setLevel(level)
     return tuple(events if events is not None else _estimate(program))
 
 

@@ -631,7 +631,7 @@ def _key(program: Program) -> str:
     for node in program.nodes:
         digest.update(
             repr(
-                (node.storage, node.storage_bytes, node.value, str(node.device), node.leaf, node.recomputable)
+                (node.storage, node.storage_bytes, node.value, str(node.device), node.leaf)
             ).encode()
         )
     for op in program.ops:
