@@ -1068,12 +1068,20 @@ def test_three_backwards_at_once(shared: bool) -> None:
     hold(scenario)
 
 
+class RandLike(Block):
+    """A random op that takes no generator: nothing but the default one will do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sigmoid() * torch.rand_like(x))
+
+
 @pytest.mark.usefixtures("eager_switching")
-def test_random_numbers_drawn_during_backward() -> None:
+@pytest.mark.parametrize("make", [Block, RandLike])
+def test_random_numbers_drawn_during_backward(make: Callable[[], nn.Module]) -> None:
     """A data loader's thread draws while recipes with dropout run: plain backward draws nothing, so neither may we."""
 
     def scenario(fit: Fit, seen: Tensors) -> None:
-        model = Stack()
+        model = Stack(make)
         train(model, fit, seen, steps=2)
         loss = model(data(7))
 

@@ -30,6 +30,7 @@ from memfit.profiles import ProgramProfile, StepProfile
 from memfit.report.text import render
 from memfit.runtime import Runtime
 from memfit.solver.frontier import block_options
+from memfit.solver.peak import simulate
 from memfit.solver.planner import make_plan, solve
 from memfit.solver.special import full_policy, plain_policy, selective_policy
 
@@ -42,7 +43,8 @@ SLACK_SHARE = {"tcmalloc": 0.12, "jemalloc": 0.15, "glibc": 0.15}
 """Of what a plan moves, for what an allocator cannot use again; learnt from the first planned steps afterwards."""
 SLACK_FLOOR = 6 * 2**20
 SETTLED_STEPS = 3
-ROOM_SHARE = 0.015
+RELEASED_STEPS = 6
+ROOM_SHARE = 0.025
 """After so many planned steps, a plan that left more than this share of the budget unused is made again."""
 TRIM_SHARE = 0.8
 """Under glibc, which hands nothing back by itself: trim where the plan comes this near to the budget."""
@@ -103,6 +105,7 @@ class Handle:
         self._block_names = [name for name, _ in found]
         self.runtime = Runtime(model, [] if self._measures_only else found)
         self.runtime.choose = self._choose
+        self.runtime.has_room = self._has_room
         self.runtime.step_began = self._step_began
         self._layer_of = {name: i for i, name in enumerate(self._block_names)}
         self._hooks = [
@@ -179,6 +182,13 @@ class Handle:
             return self._forced(profile, name)
         return full_policy(profile)
 
+    def _has_room(self, index: int) -> bool:
+        """Whether a block call's values may be held twice while they are verified."""
+        if not isinstance(self._budget, int):
+            return self._budget is None
+        fitted = self._active
+        return fitted is not None and fitted.forward_bytes.get(index, self._budget) <= self._budget - self._slack
+
     def _forced(self, profile: ProgramProfile, name: str) -> Policy:
         if callable(self._policy):
             return self._policy(profile)
@@ -212,6 +222,8 @@ class Handle:
             self.runtime.listener = self._profiler
             self._clock = 0.0
         else:
+            if self._device.type == "cpu" and self._steps <= RELEASED_STEPS:
+                self._meter.release()  # what recording, verifying and solving took
             self._meter.reset_peak()
             self._peak_open = True
         self._planned_step = bool(self._plans) or self._measures_only
@@ -255,7 +267,7 @@ class Handle:
             fitted.stale = True
         elif fitted.steps == SETTLED_STEPS and plan.recompute_seconds > 0 and self._budget - fitted.peak > ROOM_SHARE * self._budget:
             self._corrections += 1
-            self._slack = max(0, fitted.peak - raw) + SLACK_FLOOR
+            self._slack = max(0, fitted.peak - raw) + max(SLACK_FLOOR, int(0.01 * self._budget))
             fitted.stale = True
 
     def _settle_plan(self) -> None:
@@ -476,7 +488,7 @@ class Handle:
 class _Fitted:
     """A plan in force for one sequence of block calls."""
 
-    __slots__ = ("names", "plan", "policies", "profile", "profiler", "peak", "raw_peak", "stale", "state_reserved", "steps")
+    __slots__ = ("forward_bytes", "names", "plan", "policies", "profile", "profiler", "peak", "raw_peak", "stale", "state_reserved", "steps")
 
     def __init__(
         self, plan: Plan, raw_peak: int, indices: list[int], profiler: Profiler, profile: StepProfile, state_reserved: bool
@@ -486,6 +498,13 @@ class _Fitted:
         self.profiler = profiler
         self.profile = profile
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
+        events = simulate(profile, plan).events
+        plain = {key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed") for key, p in profile.programs.items()}
+        self.forward_bytes = {
+            indices[event.call]: size + plain[profile.calls[event.call].program]
+            for event, (_, size) in zip(profile.events, events, strict=True)
+            if event.kind == "forward" and event.call is not None
+        }
         self.names = {index: plan.calls[place].name for place, index in enumerate(indices)}
         self.stale = False
         self.peak = 0
