@@ -2,9 +2,9 @@
 
 Step one runs the smallest plan while the runtime records and a `Profiler` reads memory. When the next step begins, what
 the coming steps will look like is known (gradients resident or fresh, optimizer state born or to be reserved), and the
-solver picks the fastest plan. Afterwards predicted and measured peak are compared, and the plan is corrected. A sequence
-of block calls that was not seen before (another shape, another number of forwards) runs the smallest plan and is profiled
-like step one.
+solver picks the fastest plan. Afterwards predicted and measured peak are compared, and the plan is corrected. A
+sequence of block calls that was not seen before (another shape, another number of forwards) runs the smallest plan and
+is profiled like step one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -194,7 +195,8 @@ class Handle:
             return self._policy(profile)
         if self._layer_of.get(name, 0) % self._every:
             return plain_policy(profile)
-        return {"full": full_policy, "selective": selective_policy, "plain": plain_policy}[self._policy or "full"](profile)
+        named = {"full": full_policy, "selective": selective_policy, "plain": plain_policy}
+        return named[self._policy or "full"](profile)
 
     def _profile(self, state: ProgramState) -> ProgramProfile:
         known = self._programs.get(state.key)
@@ -265,7 +267,11 @@ class Handle:
             self._corrections += 1
             self._slack = max(self._slack, peak - raw) + SLACK_FLOOR
             fitted.stale = True
-        elif fitted.steps == SETTLED_STEPS and plan.recompute_seconds > 0 and self._budget - fitted.peak > ROOM_SHARE * self._budget:
+        elif (
+            fitted.steps == SETTLED_STEPS
+            and plan.recompute_seconds > 0
+            and self._budget - fitted.peak > ROOM_SHARE * self._budget
+        ):
             self._corrections += 1
             self._slack = max(0, fitted.peak - raw) + max(SLACK_FLOOR, int(0.01 * self._budget))
             fitted.stale = True
@@ -324,17 +330,16 @@ class Handle:
             block_options(program)
 
     def _plan(self, profile: StepProfile, sequence: tuple[tuple[str, str], ...]) -> Plan:
-        names = {"model": self._name, "fingerprint": self._fingerprint}
         if self._given is not None or callable(self._policy):
             policies = [self._first(self.runtime.states[c.program], c.name) for c in profile.calls]
-            return make_plan(profile, policies, budget_bytes=None, **names)
+            return make_plan(profile, policies, budget_bytes=None, model=self._name, fingerprint=self._fingerprint)
         if self._policy is not None:
             policies = [self._forced(profile.programs[c.program], c.name) for c in profile.calls]
-            return make_plan(profile, policies, budget_bytes=None, **names)
+            return make_plan(profile, policies, budget_bytes=None, model=self._name, fingerprint=self._fingerprint)
         if self._budget == "min":
-            return solve(profile, budget="min", **names)
+            return solve(profile, budget="min", model=self._name, fingerprint=self._fingerprint)
         policies = [plain_policy(profile.programs[c.program]) for c in profile.calls]
-        return make_plan(profile, policies, budget_bytes=None, **names)
+        return make_plan(profile, policies, budget_bytes=None, model=self._name, fingerprint=self._fingerprint)
 
     def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
         """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
@@ -446,6 +451,9 @@ class Handle:
                 | {"saved_bytes": None, "recomputed_bytes": 0, "offloaded_bytes": 0}
                 for name in self._block_names
             ]
+        plain_peak = self._measured if self._measures_only else None
+        if plan is not None:
+            plain_peak = plan.plain_peak_bytes
         return {
             "model": self._name,
             "device": str(self._device),
@@ -453,7 +461,7 @@ class Handle:
             "budget": self._budget if isinstance(self._budget, str) else None,
             "predicted_peak_bytes": plan.predicted_peak_bytes if plan is not None else None,
             "measured_peak_bytes": self._measured,
-            "plain_peak_bytes": plan.plain_peak_bytes if plan is not None else self._measured if self._measures_only else None,
+            "plain_peak_bytes": plain_peak,
             "peak_event": plan.peak_event if plan is not None else None,
             "step_seconds": self._step_seconds(),
             "recompute_seconds": plan.recompute_seconds if plan is not None else None,
@@ -488,10 +496,28 @@ class Handle:
 class _Fitted:
     """A plan in force for one sequence of block calls."""
 
-    __slots__ = ("forward_bytes", "names", "plan", "policies", "profile", "profiler", "peak", "raw_peak", "stale", "state_reserved", "steps")
+    __slots__ = (
+        "forward_bytes",
+        "names",
+        "peak",
+        "plan",
+        "policies",
+        "profile",
+        "profiler",
+        "raw_peak",
+        "stale",
+        "state_reserved",
+        "steps",
+    )
 
     def __init__(
-        self, plan: Plan, raw_peak: int, indices: list[int], profiler: Profiler, profile: StepProfile, state_reserved: bool
+        self,
+        plan: Plan,
+        raw_peak: int,
+        indices: list[int],
+        profiler: Profiler,
+        profile: StepProfile,
+        state_reserved: bool,
     ) -> None:
         self.plan = plan
         self.raw_peak = raw_peak
@@ -499,7 +525,10 @@ class _Fitted:
         self.profile = profile
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
         events = simulate(profile, plan).events
-        plain = {key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed") for key, p in profile.programs.items()}
+        plain = {
+            key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed")
+            for key, p in profile.programs.items()
+        }
         self.forward_bytes = {
             indices[event.call]: size + plain[profile.calls[event.call].program]
             for event, (_, size) in zip(profile.events, events, strict=True)
@@ -517,7 +546,9 @@ class _Modes:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.notes: list[str] = []
-        self._configs: list[Any] = list({id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}.values())
+        self._configs: list[Any] = list(
+            {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}.values()
+        )
         self._switched = [
             weakref.ref(m) for m in model.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)
         ]
@@ -626,10 +657,10 @@ def fit(
 
     Args:
         model: Any module with repeated blocks; it stays the user's own, nothing but hooks is added.
-        budget: Limit on the peak of the whole process on the model's device: bytes, ``"6GiB"``, ``"6.5 GB"``, ``"90%"``,
-            ``"auto"``, ``"min"``; ``None`` saves everything and only measures.
-        policy: Without a budget: ``"full"`` or ``"selective"``, today's switches (or a function from a program's profile
-            to its policy).
+        budget: Limit on the peak of the whole process on the model's device: bytes, ``"6GiB"``, ``"6.5 GB"``,
+            ``"90%"``, ``"auto"``, ``"min"``; ``None`` saves everything and only measures.
+        policy: Without a budget: ``"full"`` or ``"selective"``, today's switches (or a function from a program's
+            profile to its policy).
         every_n_layers: Without a budget: ``policy`` (``"full"`` unless given) for every n-th block only.
         blocks: Names of modules or classes to plan for, instead of what is found.
         optimizer: The optimizer, or its name; ``None`` reserves AdamW's state until the first ``optimizer.step()``.
@@ -651,10 +682,14 @@ def fit(
         raise UsageError("Give one of `budget`, `policy` (with `every_n_layers`) and `plan`: each decides everything.")
     if isinstance(policy, str) and policy not in ("full", "selective", "plain"):
         raise UsageError(f"There is no policy `{policy}`. Write `full` or `selective`, or give a `budget`.")
-    if every_n_layers is not None and (isinstance(every_n_layers, bool) or not isinstance(every_n_layers, int) or every_n_layers < 1):
+    if every_n_layers is not None and (
+        isinstance(every_n_layers, bool) or not isinstance(every_n_layers, int) or every_n_layers < 1
+    ):
         raise UsageError(f"`every_n_layers={every_n_layers}` is not a positive integer.")
     if isinstance(optimizer, str) and optimizer.lower() not in STATE_FACTORS:
-        raise UsageError(f"`optimizer={optimizer}` is not known. Give the optimizer itself, or one of: {', '.join(STATE_FACTORS)}.")
+        raise UsageError(
+            f"`optimizer={optimizer}` is not known. Give the optimizer itself, or one of: {', '.join(STATE_FACTORS)}."
+        )
     device = _device_of(model)
     limit = resolve_budget(budget, device)
     if not any(p.requires_grad for p in model.parameters()):
@@ -717,9 +752,7 @@ def plan(
     """
     if budget is None and policy is None and every_n_layers is None:
         policy = "plain"
-    handle = fit(
-        model, budget=budget, policy=policy, every_n_layers=every_n_layers, blocks=blocks, optimizer=optimizer
-    )
+    handle = fit(model, budget=budget, policy=policy, every_n_layers=every_n_layers, blocks=blocks, optimizer=optimizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in parameters]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
@@ -732,7 +765,7 @@ def plan(
             model.train()
             with torch.enable_grad():
                 value = scalar_loss(_call(model, batch), batch, loss)
-                value.backward()
+                value.backward()  # type: ignore[no-untyped-call]
             del value
             handle._finish_step()
             if handle._pending is None:
@@ -761,6 +794,7 @@ def scalar_loss(output: Any, batch: Any, loss: Callable[[Any, Any], torch.Tensor
     Raises:
         ModelError: It is not a scalar tensor.
     """
+    value: Any
     if loss is not None:
         value = loss(output, batch)
     else:
@@ -771,7 +805,9 @@ def scalar_loss(output: Any, batch: Any, loss: Callable[[Any, Any], torch.Tensor
         what = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             what = "a scalar that needs no gradient"
-        raise ModelError(f"The loss is {what}, not a scalar tensor with a gradient. Give `loss=lambda output, batch: ...`.")
+        raise ModelError(
+            f"The loss is {what}, not a scalar tensor with a gradient. Give `loss=lambda output, batch: ...`."
+        )
     return value
 
 
@@ -792,14 +828,12 @@ def check_plan(model: torch.nn.Module, plan: Plan) -> None:
     mine = fingerprint(model)
     if plan.fingerprint != mine:
         raise PlanError(
-            f"The plan is for {plan.model} ({plan.fingerprint}), the model is {type(model).__name__} ({mine}): names, shapes "
-            "or dtypes of parameters differ. Make a plan for this model with `memfit.plan`."
+            f"The plan is for {plan.model} ({plan.fingerprint}), the model is {type(model).__name__} ({mine}): names, "
+            "shapes or dtypes of parameters differ. Make a plan for this model with `memfit.plan`."
         )
 
 
 def _with_peak(plan: Plan, predicted: int, budget: int | str | None) -> Plan:
-    from dataclasses import replace
-
     return replace(plan, predicted_peak_bytes=predicted, budget_bytes=budget if isinstance(budget, int) else None)
 
 
@@ -810,7 +844,9 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     if not devices:
         raise ModelError(f"{type(model).__name__} has no parameters.")
     if len(devices) > 1:
-        raise ModelError(f"{type(model).__name__} lies on several devices: {', '.join(map(str, devices))}. Fit one device's model.")
+        raise ModelError(
+            f"{type(model).__name__} lies on several devices: {', '.join(map(str, devices))}. Fit one device's model."
+        )
     return devices[0]
 
 

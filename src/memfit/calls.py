@@ -47,9 +47,7 @@ class ProgramState:
         if found is None:
             wanted = policy if policy is not None else self.keep_everything()
             narrowed = tuple(n for n in wanted.narrowed if n not in self.demoted)
-            wanted = Policy(
-                program=self.key, kept=tuple(sorted(set(wanted.kept) | self.demoted)), narrowed=narrowed
-            )
+            wanted = Policy(program=self.key, kept=tuple(sorted(set(wanted.kept) | self.demoted)), narrowed=narrowed)
             try:
                 found = compile_policy(self.program, wanted)
             except MemfitError:  # made for a recording in which more had proved itself
@@ -71,7 +69,9 @@ class ProgramState:
 
         def demote(node: int, ulp: float) -> None:
             self.demote(node)
-            runtime.note(f"ulp {self.key} {node}", f"`{block}`: a value differed by {ulp:.3g} ulp and is kept from now on")
+            runtime.note(
+                f"ulp {self.key} {node}", f"`{block}`: a value differed by {ulp:.3g} ulp and is kept from now on"
+            )
 
         return demote
 
@@ -237,10 +237,17 @@ class Call:
         if len(handles) != len(checks):
             return f"{len(handles)} saved tensors instead of {len(checks)}"
         storages = self._leaf_storages(state.program)
-        for handle, (size, stride, dtype, version, offset, storage, constant, device) in zip(handles, checks, strict=True):
+        for handle, (size, stride, dtype, version, offset, storage, constant, device) in zip(
+            handles, checks, strict=True
+        ):
             tensor = handle.tensor
             assert tensor is not None
-            if tensor.shape != size or tensor.stride() != stride or tensor.dtype is not dtype or tensor.device != device:
+            if (
+                tensor.shape != size
+                or tensor.stride() != stride
+                or tensor.dtype is not dtype
+                or tensor.device != device
+            ):
                 return f"saved tensor {handle.index} is {canary.meta(tensor)[:3]}"
             if version is not None and handle.version != version:
                 return f"saved tensor {handle.index} was written {handle.version} times instead of {version}"
@@ -429,8 +436,8 @@ class Call:
             frame.autocast = (device, None, True)
         parameters = list(self.block.module.parameters())
         pointers = {p.data_ptr() for p in parameters} | {t.data_ptr() for t in self.tensors}
-        for tensor, version in zip(self.tensors, self.versions, strict=True):
-            frame.versions.append((aliases.get(id(tensor), tensor), version, tensor.data_ptr()))
+        for given, version in zip(self.tensors, self.versions, strict=True):
+            frame.versions.append((aliases.get(id(given), given), version, given.data_ptr()))
         for parameter in parameters:
             frame.versions.append((parameter, parameter._version, parameter.data_ptr()))
         for handle in self.handles:

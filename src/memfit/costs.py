@@ -1,8 +1,8 @@
 """What a recorded program costs, as the solver's data.
 
 Seconds come from the recording: each op was run a second time, warm, on the tensors it had read. An op's first touch of
-memory looks several times too dear, so the sum is scaled to the measured forward of the block. Bytes are storages, counted
-once however many views are saved; parameters and what the block's surroundings hold anyway are free.
+memory looks several times too dear, so the sum is scaled to the measured forward of the block. Bytes are storages,
+counted once however many views are saved; parameters and what the block's surroundings hold anyway are free.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def profile_program(program: Program, held: frozenset[int] = frozenset()) -> Pro
 
     Args:
         program: A verified recording.
-        held: Nodes whose storage something else was seen to keep alive: keeping them is free, dropping them frees nothing.
+        held: Nodes whose storage something else was seen to keep alive: keeping them is free, dropping them frees
+            nothing.
     """
     saved_nodes = [s.value.node for s in program.saved]
     counts = {n: saved_nodes.count(n) for n in set(saved_nodes)}
@@ -84,6 +85,6 @@ def _node(program: Program, index: int, node: ProgramNode, num_saved: int, held:
 
 
 def _is_whole(program: Program, index: int) -> bool:
-    """Whether every saved tensor on the node shows all of it in one geometry, so that a narrow copy can stand for it."""
+    """Whether every saved tensor on the node shows all of it in one geometry: a narrow copy can stand for it."""
     node = program.nodes[index]
     return all(s.value == node.value for s in program.saved if s.value.node == index)

@@ -1,14 +1,15 @@
 """Frames: what one block call left behind for its backward.
 
-Autograd holds a `Handle` for every tensor that it packed. A handle of a kept value owns its tensor; a handle of a dropped
-value owns the tensors that its recipe reads, so that memory is freed as autograd frees its nodes, whatever the order, and
-nothing is counted (design, rule 18). References run from handle to frame and never back.
+Autograd holds a `Handle` for every tensor that it packed. A handle of a kept value owns its tensor; a handle of a
+dropped value owns the tensors that its recipe reads, so that memory is freed as autograd frees its nodes, whatever the
+order, and nothing is counted (design, rule 18). References run from handle to frame and never back.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ def kept(handle: Handle) -> torch.Tensor:
     if tensor._version != handle.version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {handle.version} instead."
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version "
+            f"{handle.version} instead."
         )
     return tensor
 
@@ -86,6 +88,7 @@ class Frame:
     """Replays the dropped values of one block call."""
 
     __slots__ = (
+        "__weakref__",
         "block",
         "compiled",
         "demote",
@@ -94,7 +97,6 @@ class Frame:
         "listener",
         "lock",
         "parameters",
-        "__weakref__",
         "restorer",
         "samples",
         "states",
@@ -175,8 +177,8 @@ class Frame:
             where = "an input" if self.compiled.program.nodes[node].leaf is not None else "a saved value"
             raise ChangedTensorError(
                 f"one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{where} of block `{self.block}` that a recipe reads ([{tensor.type()} {list(tensor.shape)}]) is at version "
-                f"{tensor._version}; expected version {version} instead. Write out of place, or keep it: "
+                f"{where} of block `{self.block}` that a recipe reads ([{tensor.type()} {list(tensor.shape)}]) is at "
+                f"version {tensor._version}; expected version {version} instead. Write out of place, or keep it: "
                 f"`fit(..., blocks=...)` without this block."
             )
         narrow = self.compiled.narrowed.get(node)
@@ -190,11 +192,15 @@ class Frame:
             if tensor._version != version or tensor.data_ptr() != pointer:
                 leaf = self.compiled.program.nodes[node].leaf
                 name = f"{self.block}.{leaf.owner}.{leaf.name}".replace("..", ".") if leaf is not None else self.block
-                how = f"is at version {tensor._version}, was {version}" if tensor._version != version else "has other data"
+                how = (
+                    f"is at version {tensor._version}, was {version}"
+                    if tensor._version != version
+                    else "has other data"
+                )
                 raise ChangedTensorError(
                     f"one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"`{name}` changed between forward and backward ({how}), and a recipe of block `{self.block}` reads it. "
-                    "Run the backward before changing weights."
+                    f"`{name}` changed between forward and backward ({how}), and a recipe of block `{self.block}` "
+                    "reads it. Run the backward before changing weights."
                 )
             leaves.append((node, tensor))
 
@@ -219,9 +225,9 @@ class Frame:
             self.block,
             f"saved tensor {index} {list(value.size)}",
             recipe or "the block's input",
-            "The recomputed value is not what the forward saved: something outside the block's arguments, parameters and "
-            "attributes changed what it computes. Step again without Memfit for this block, or make the change visible as "
-            "an argument or attribute.",
+            "The recomputed value is not what the forward saved: something outside the block's arguments, parameters "
+            "and attributes changed what it computes. Step again without Memfit for this block, or make the change "
+            "visible as an argument or attribute.",
         )
 
 
@@ -251,7 +257,7 @@ class ReplayOfModule:
     )
 
     def __init__(self, block: str, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        """A frame that calls ``module.forward(*args, **kwargs)`` again; tensors in the arguments are detached aliases."""
+        """A frame that calls ``module.forward(*args, **kwargs)`` again; tensors among them are detached aliases."""
         self.block = block
         self.module = module
         self.args = args
@@ -292,8 +298,8 @@ class ReplayOfModule:
                     self.block,
                     f"saved tensor {handle.index} {list(value.shape)}",
                     "the whole block, run again",
-                    "The block computed something else the second time: it depends on more than its arguments, parameters "
-                    "and torch's generators. Exclude it with `blocks=`.",
+                    "The block computed something else the second time: it depends on more than its arguments, "
+                    "parameters and torch's generators. Exclude it with `blocks=`.",
                 )
             return value
 
@@ -309,9 +315,9 @@ class ReplayOfModule:
             if tensor._version != version or tensor.data_ptr() != pointer:
                 raise ChangedTensorError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"an input or parameter of block `{self.block}` changed between forward and backward, and the block "
-                    f"has to run again ([{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected "
-                    f"version {version} instead)."
+                    f"an input or parameter of block `{self.block}` changed between forward and backward, and the "
+                    f"block has to run again ([{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
+                    f"expected version {version} instead)."
                 )
         found: list[torch.Tensor] = []
         wanted = len(self.metas)
@@ -333,11 +339,9 @@ class ReplayOfModule:
                 torch._C._DisableTorchDispatch(),
                 torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache),
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+                suppress(_AllPacked),
             ):
-                try:
-                    self.module.forward(*self.args, **self.kwargs)
-                except _AllPacked:
-                    pass
+                self.module.forward(*self.args, **self.kwargs)
         finally:
             replaying.active = False
             for device, state in before.items():
@@ -350,7 +354,9 @@ class ReplayOfModule:
         self.values = dict(enumerate(found))
 
     def _mismatch(self, detail: str) -> RecomputeError:
-        return RecomputeError(self.block, "all saved tensors", "the whole block, run again", f"The second run differs: {detail}.")
+        return RecomputeError(
+            self.block, "all saved tensors", "the whole block, run again", f"The second run differs: {detail}."
+        )
 
 
 class _Replaying(threading.local):
@@ -362,7 +368,7 @@ class _Replaying(threading.local):
 replaying = _Replaying()
 
 
-class _AllPacked(Exception):  # noqa: N818 - control flow, not an error
+class _AllPacked(Exception):
     """Everything that is needed has been packed: the rest of the forward need not run."""
 
 
@@ -384,7 +390,7 @@ class _Passes:
                 for old in self._frames.pop(t):
                     old.end()
             self._frames[task] = [frame]
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self.finish(task))  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self.finish(task))
 
     def finish(self, task: int) -> None:
         with self._lock:
@@ -408,4 +414,3 @@ def forget_failed_passes() -> None:
     """Free what recipes cached in a backward that raised; called when the next forward begins."""
     if _passes._frames and torch._C._current_graph_task_id() == -1:
         _passes.clear()
-

@@ -1,7 +1,7 @@
 """The autograd graph of one block call: its fingerprint, and which saved tensors belong to custom Functions.
 
-Two calls that pack equal tensors may still differ in what they compute between them: SiLU swapped for GELU, a scale in a
-closure. The graph tells: node names, edges, and the scalars that autograd exposes (``_saved_alpha``, ``_saved_dim``).
+Two calls that pack equal tensors may still differ in what they compute between them: SiLU swapped for GELU, a scale in
+a closure. The graph tells: node names, edges, and the scalars that autograd exposes (``_saved_alpha``, ``_saved_dim``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def names(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], limit
     return tuple((name, edges) for _, name, edges in found)
 
 
-def fingerprint(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], limit: int = 20_000) -> tuple[Any, ...]:
+def fingerprint(
+    outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], limit: int = 20_000
+) -> tuple[Any, ...]:
     """`names`, with the scalars of each node."""
     found = _walk(outputs, inputs, limit)
     return tuple((name, edges, _scalars(node)) for node, name, edges in found)
@@ -32,7 +34,11 @@ def fingerprint(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor],
 
 def custom_nodes(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> list[Any]:
     """The nodes of Python autograd Functions."""
-    return [node for node, _, _ in _walk(outputs, inputs, 20_000) if isinstance(node, torch.autograd.function.BackwardCFunction)]
+    return [
+        node
+        for node, _, _ in _walk(outputs, inputs, 20_000)
+        if isinstance(node, torch.autograd.function.BackwardCFunction)
+    ]
 
 
 def _walk(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], limit: int) -> list[tuple[Any, str, Any]]:
@@ -57,7 +63,8 @@ def _walk(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], limit
                 stack.append(child)
     for node in order:
         edges = tuple(
-            (-1 if child is None else -2 if child in ends else number.get(child, -3), slot) for child, slot in node.next_functions
+            (-1 if child is None else -2 if child in ends else number.get(child, -3), slot)
+            for child, slot in node.next_functions
         )
         name = node.name()
         found.append((node, _SAME.get(name, name), edges))
@@ -77,7 +84,8 @@ def _scalar_names(kind: type) -> tuple[str, ...]:
 
 def _scalars(node: Any) -> tuple[Any, ...]:
     found = []
-    for name in _scalar_names(type(node)):
+    kind: type = type(node)
+    for name in _scalar_names(kind):
         value = getattr(node, name)
         if isinstance(value, (bool, int, float, str, complex, tuple, list)) or value is None:
             found.append((name, repr(value)))

@@ -2,8 +2,8 @@
 
 An allow-list: an op that is not named here is a boundary, its outputs are saved. The names are those of aten ops that
 are pure, whose result depends on nothing but their arguments (and the generator, for random ops), and that are
-deterministic where `is_recomputable` says so. Being on the list is necessary, not sufficient: the recorder runs each op a
-second time and compares bits before a recipe may use it.
+deterministic where `is_recomputable` says so. Being on the list is necessary, not sufficient: the recorder runs each op
+a second time and compares bits before a recipe may use it.
 """
 
 from __future__ import annotations

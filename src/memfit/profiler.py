@@ -1,7 +1,7 @@
 """Profile a live training step: memory at every block boundary, counted from outside.
 
-While a step is profiled, freed memory is handed back at each boundary of a block call, so that what the process holds is
-what is alive. From that and what the frames are known to hold follows what lies *outside* the blocks at each moment:
+While a step is profiled, freed memory is handed back at each boundary of a block call, so that what the process holds
+is what is alive. From that and what the frames are known to hold follows what lies *outside* the blocks at each moment:
 weights, gradients born so far, optimizer state, logits, libraries. It is measured, not guessed.
 """
 
@@ -178,11 +178,19 @@ def step_profile(
         outside = max(call.forward_start - sum(held[i] for i in before) + state + more, 0)
         if index in place:
             events.append(
-                StepEvent(name=f"forward of {call.name}", kind="forward", call=place[index], live_calls=live, outside_bytes=outside)
+                StepEvent(
+                    name=f"forward of {call.name}",
+                    kind="forward",
+                    call=place[index],
+                    live_calls=live,
+                    outside_bytes=outside,
+                )
             )
         else:
             peak = max(call.forward_peak - sum(held[i] for i in before) + state + more, outside)
-            events.append(StepEvent(name=f"forward of {call.name}", kind="outside", live_calls=live, outside_bytes=peak))
+            events.append(
+                StepEvent(name=f"forward of {call.name}", kind="outside", live_calls=live, outside_bytes=peak)
+            )
         before.append(index)
     everything = tuple(range(len(replayed)))
     events.append(
@@ -193,15 +201,20 @@ def step_profile(
             outside_bytes=max(reading.loss_peak - sum(held) + state + more, base),
         )
     )
-    order = sorted((i for i, c in enumerate(reading.calls) if c.backward_start is not None), key=lambda i: reading.calls[i].backward_order)
+    order = sorted(
+        (i for i, c in enumerate(reading.calls) if c.backward_start is not None),
+        key=lambda i: reading.calls[i].backward_order,
+    )
     gone: set[int] = set()
-    # NOTE [Scattered pages]: a CPU allocator cannot hand back a page of which anything is in use. What it holds beyond the
-    # tensors grows through a profiled step, is there for later allocations, and is gone when the step is over.
+    # NOTE [Scattered pages]: a CPU allocator cannot hand back a page of which anything is in use. What it holds beyond
+    # the tensors grows through a profiled step, is there for later allocations, and is gone when the step is over.
     over = reading.end_bytes - reading.gradients_end + now.gradients_start + now.born_bytes - reading.start_state
     scattered = max(0, over - now.settled_bytes) if reading.end_bytes else 0
-    # NOTE [First times]: code and workspaces that a backward touches first grow the process for good, after the forward and
-    # the loss of the profiled step were read.
-    settled = now.settled_bytes - (now.gradients_start - reading.start_gradients) - (now.born_bytes - reading.start_state)
+    # NOTE [First times]: code and workspaces that a backward touches first grow the process for good, after the forward
+    # and the loss of the profiled step were read.
+    settled = (
+        now.settled_bytes - (now.gradients_start - reading.start_gradients) - (now.born_bytes - reading.start_state)
+    )
     if order:
         first = reading.calls[order[0]]
         assert first.backward_start is not None
@@ -219,7 +232,11 @@ def step_profile(
         if index in place:
             events.append(
                 StepEvent(
-                    name=f"backward of {call.name}", kind="backward", call=place[index], live_calls=live, outside_bytes=max(outside, 0)
+                    name=f"backward of {call.name}",
+                    kind="backward",
+                    call=place[index],
+                    live_calls=live,
+                    outside_bytes=max(outside, 0),
                 )
             )
         gone.add(index)
@@ -227,8 +244,20 @@ def step_profile(
     if order and order[-1] not in place:
         events.append(StepEvent(name="end of backward", kind="outside", outside_bytes=max(end, 0)))
     if reading.optimizer_peak is not None:
-        events.append(StepEvent(name="optimizer", kind="outside", outside_bytes=reading.optimizer_peak + max(0, more - reading.gradients_end)))
-    events.append(StepEvent(name="optimizer", kind="outside", outside_bytes=base - now.gradients_start + max(now.gradients_end, now.gradients_start)))
+        events.append(
+            StepEvent(
+                name="optimizer",
+                kind="outside",
+                outside_bytes=reading.optimizer_peak + max(0, more - reading.gradients_end),
+            )
+        )
+    events.append(
+        StepEvent(
+            name="optimizer",
+            kind="outside",
+            outside_bytes=base - now.gradients_start + max(now.gradients_end, now.gradients_start),
+        )
+    )
     used = {reading.calls[i].program for i in replayed}
     calls = tuple(BlockCall(name=reading.calls[i].name, program=reading.calls[i].program) for i in replayed)
     inside = sum(programs[c.program].forward_seconds + programs[c.program].backward_seconds for c in calls)

@@ -1,9 +1,9 @@
 """What a training step costs, as data: the solver's only input.
 
 A block's program is reduced to nodes and ops. A *node* is one version of one storage: views of it are collapsed, an
-in-place op makes a new node of the same storage. An *op* computes nodes from nodes. Autograd keeps *saved tensors*, each
-a view of one node, packed in a fixed order; ``saved[i]`` is the node behind the i-th. Keeping a node keeps every saved
-tensor that views it.
+in-place op makes a new node of the same storage. An *op* computes nodes from nodes. Autograd keeps *saved tensors*,
+each a view of one node, packed in a fixed order; ``saved[i]`` is the node behind the i-th. Keeping a node keeps every
+saved tensor that views it.
 
 No torch here: a profile is numbers, and can be made by hand in a test.
 """
@@ -27,9 +27,11 @@ class Node:
         kind: ``computed`` by an op; or a leaf: a block's ``input`` (available to recipes only if kept), a ``parameter``
             or buffer (always available, never charged), or a ``constant`` that recipes cannot bring back.
         producer: Index of the op that makes it; ``None`` for leaves.
-        num_saved: How many saved tensors view it; 0: autograd does not keep it, and a plan may keep it only if it is an input.
+        num_saved: How many saved tensors view it; 0: autograd does not keep it, and a plan may keep it only if it is an
+            input.
         keep_bytes: What keeping it costs; ``None``: cannot be kept. 0 where something else holds the storage anyway.
-        narrow_bytes: What keeping it costs in a smaller, lossless form (a bool mask, the bf16 it was upcast from), or ``None``.
+        narrow_bytes: What keeping it costs in a smaller, lossless form (a bool mask, the bf16 it was upcast from), or
+            ``None``.
         narrow_seconds: Time to narrow and to widen again.
         must_keep: Saved, and no recipe can bring it back.
         linked: An input that is the output of the block call before it, so that a recipe may run through that block.
@@ -69,9 +71,9 @@ class OpCost:
 class TimelineEvent:
     """One event of a block's backward, in the order in which it happened.
 
-    ``alloc``/``free``: ``size`` bytes of gradients and temporaries come and go (whatever is never freed outlives the block:
-    parameter gradients, the gradient of its input). ``unpack``: autograd asks for saved tensor ``index``. ``release``:
-    the autograd node that held saved tensor ``index`` is done with it.
+    ``alloc``/``free``: ``size`` bytes of gradients and temporaries come and go (whatever is never freed outlives the
+    block: parameter gradients, the gradient of its input). ``unpack``: autograd asks for saved tensor ``index``.
+    ``release``: the autograd node that held saved tensor ``index`` is done with it.
     """
 
     kind: TimelineKind
@@ -92,8 +94,8 @@ class ProgramProfile:
         timeline: The block's backward, policy-free.
         forward_seconds: Time of one forward pass.
         backward_seconds: Time of one backward pass.
-        forward_bytes: Highest use of memory while the forward runs, counted from its entry: saved tensors are parked until
-            it ends, whatever the policy.
+        forward_bytes: Highest use of memory while the forward runs, counted from its entry: saved tensors are parked
+            until it ends, whatever the policy.
     """
 
     key: str
@@ -129,8 +131,8 @@ class StepEvent:
         kind: ``forward`` and ``backward`` belong to block call ``call``; ``outside`` to none.
         call: Index into `StepProfile.calls`, or ``None``.
         live_calls: Calls whose frames are alive, the event's own call excluded.
-        outside_bytes: Everything that no plan changes: weights, gradients and optimizer state at that moment, the process
-            itself, the loss.
+        outside_bytes: Everything that no plan changes: weights, gradients and optimizer state at that moment, the
+            process itself, the loss.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """A block's recorded program: what its forward computed, which values autograd saved, and where leaves come from.
 
 A `Value` is a view (size, stride, offset, dtype) of a *node*, one version of one storage. Views are no ops: a recipe
-derives a value from whatever tensor holds its node. Node indices are equal for equal programs, so that plans may name them.
+derives a value from whatever tensor holds its node. Node indices are equal for equal programs, so that plans may name
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Value(NamedTuple):
 class TapeRef(NamedTuple):
     """Stands for the ``index``-th tensor of a tape."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # the field hides `tuple.index`
 
 
 class TapeOp(NamedTuple):
@@ -53,7 +54,7 @@ class Leaf(NamedTuple):
     """
 
     kind: LeafKind
-    index: int
+    index: int  # type: ignore[assignment]  # the field hides `tuple.index`
     owner: str
     name: str
 

@@ -1,9 +1,9 @@
 """Bring dropped values back: recipes compiled from a program and a policy, run op by op.
 
-`compile_policy` decides once per (program, policy) everything that can be decided without tensors: for each dropped saved
-tensor its *closure*, the ops that lead from what is still there to its node, in program order; which leaves they read;
-how often each node is used. `Restorer` then runs closures during one backward: each op once, results cached until their
-last use. Nothing here is recursive at run time, and no value is derived by calling the model's code.
+`compile_policy` decides once per (program, policy) everything that can be decided without tensors: for each dropped
+saved tensor its *closure*, the ops that lead from what is still there to its node, in program order; which leaves they
+read; how often each node is used. `Restorer` then runs closures during one backward: each op once, results cached until
+their last use. Nothing here is recursive at run time, and no value is derived by calling the model's code.
 """
 
 from __future__ import annotations
@@ -87,12 +87,15 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
                 available[number] = "input"
         elif number in kept_nodes and number in first_saved and not node.custom:
             available[number] = "kept"
-    actions, closures, leaves, parameters = [], [], [], []
+    actions: list[int] = []
+    closures: list[tuple[int, ...]] = []
+    leaves: list[tuple[int, ...]] = []
+    parameters: list[tuple[int, ...]] = []
     bases: dict[int, Value] = {}
     kept: dict[int, int] = {}
     inputs: dict[int, int] = {}
     all_ops: set[int] = set()
-    for index, saved in enumerate(program.saved):
+    for saved in program.saved:
         number = saved.value.node
         node = program.nodes[number]
         if number in policy.narrowed:
@@ -130,7 +133,7 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         if action == RECOMPUTE:
             uses[program.saved[index].value.node] += 1
     dropped = [i for i, action in enumerate(actions) if action == RECOMPUTE]
-    narrowed = {}
+    narrowed: dict[int, tuple[torch.dtype | None, float]] = {}
     for n in policy.narrowed:
         node = program.nodes[n]
         narrowed[n] = (None, float(node.mask_scale)) if node.mask_scale is not None else (node.narrow_dtype, 1.0)
@@ -171,9 +174,8 @@ def _closure(program: Program, number: int, available: dict[int, str]) -> tuple[
             continue
         producer = program.nodes[n].producer
         if producer is None or not program.ops[producer].recomputable:
-            raise MemfitError(
-                f"No recipe leads to node {n} of program {program.key}: {program.nodes[n].reason or 'not kept'}. Keep it."
-            )
+            why = program.nodes[n].reason or "not kept"
+            raise MemfitError(f"No recipe leads to node {n} of program {program.key}: {why}. Keep it.")
         if producer in run:
             continue
         run.add(producer)
@@ -338,7 +340,8 @@ def run_ops(
                 step(env, uses, None)
                 continue
             device = program.nodes[op.outputs[0][1]].device
-            assert states is not None and op.snapshot is not None
+            assert states is not None
+            assert op.snapshot is not None
             state = states[op.snapshot][device.type]
             if any(argument.name == "generator" for argument in op.func._schema.arguments):
                 own = torch.Generator(device)  # outside it nothing moves
@@ -371,4 +374,3 @@ def widen(tensor: torch.Tensor, dtype: torch.dtype, narrow: tuple[torch.dtype | 
 def narrow_form(tensor: torch.Tensor, narrow: tuple[torch.dtype | None, float]) -> torch.Tensor:
     """The smaller tensor that carries the same information: a bool mask, or the dtype before the upcast."""
     return tensor != 0 if narrow[0] is None else tensor.to(narrow[0])
-

@@ -1,9 +1,9 @@
 """Apply policies to an unchanged model: two hooks on each block, and saved-tensor hooks while it runs.
 
-A `Runtime` belongs to one model. The pre-forward hook of a block finds the recording for the call's signature, or starts
-one; while the forward runs, the pack hook only parks. The post-forward hook compares the call with its recording and only
-then drops what the policy recomputes (late drop, rule 1). On any difference the call keeps everything, and the block is
-recorded again.
+A `Runtime` belongs to one model. The pre-forward hook of a block finds the recording for the call's signature, or
+starts one; while the forward runs, the pack hook only parks. The post-forward hook compares the call with its recording
+and only then drops what the policy recomputes (late drop, rule 1). On any difference the call keeps everything, and the
+block is recorded again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from memfit import graph
 from memfit.bits import max_ulp, same_bits
 from memfit.blocks import replayable_children
 from memfit.calls import Call, Entry, ProgramState, park, park_and_snapshot
-from memfit.frames import Frame, ReplayOfModule, forget_failed_passes, replaying
+from memfit.frames import Frame, Kept, ReplayOfModule, forget_failed_passes, replaying
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program
 from memfit.replay import Restorer
@@ -89,7 +89,7 @@ class Runtime:
         self.trim: Callable[[], object] | None = None  # hands freed memory back, at block boundaries
         self.backward_seen = False
         self._begun = False
-        self._first_frame: weakref.ref[Frame | ReplayOfModule] | None = None
+        self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
         self.active = True
         self.generation = 0
         self.notes: dict[str, str] = {}
@@ -148,7 +148,7 @@ class Runtime:
     # Steps
 
     def begin_if_new(self) -> None:
-        """A forward begins: does a new step begin with it? Only after a backward, or when the last graph was dropped."""
+        """A forward begins: does a new step begin with it? After a backward, or when the last graph was dropped."""
         stack = self._stack()
         if stack:
             if not stack[-1].is_stale():
@@ -318,10 +318,14 @@ class Runtime:
         self.recorded += 1
         self.record_seconds += time.perf_counter() - call.started
         block.recordings_in_a_row += 1
-        why = program.foreign and f"tensors of type {program.foreign}"
-        why = why or (program.python_random and "draws Python randomness")
-        why = why or (program.data_dependent and f"depends on data: {program.data_dependent}")
-        if not why and block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
+        why = ""
+        if program.foreign:
+            why = f"tensors of type {program.foreign}"
+        elif program.python_random:
+            why = "draws Python randomness"
+        elif program.data_dependent:
+            why = f"depends on data: {program.data_dependent}"
+        elif block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
             why = "its program changes from call to call"
         if why:
             self._not_replayable(call, program, why)
@@ -350,7 +354,9 @@ class Runtime:
                 hook.remove()
             block.hooks = []
             for offset, (name, child) in enumerate(children):
-                self.add_block(f"{block.name}.{name}" if block.name else name, child, parent=block.name, at=position + 1 + offset)
+                self.add_block(
+                    f"{block.name}.{name}" if block.name else name, child, parent=block.name, at=position + 1 + offset
+                )
         elif safe:
             block.mode, block.reason = "fallback", why
         else:
@@ -365,7 +371,8 @@ class Runtime:
 
     def _finish(self, call: Call, output: Any) -> None:
         entry, compiled = call.entry, call.compiled
-        assert entry is not None and compiled is not None
+        assert entry is not None
+        assert compiled is not None
         block, state = call.block, entry.state
         if not call.fresh:
             difference = call.differs()
@@ -389,8 +396,8 @@ class Runtime:
         frame.demote = state.demoter(self, block.name)
         hashed = self._hash_due(state.key, call)
         if not call.fresh and entry.verified < VERIFIED_CALLS - 1:
-            # NOTE [Verified without room]: comparing values needs both at once. Where the budget has no room for that, all
-            # bits are hashed now and compared when the backward asks for them.
+            # NOTE [Verified without room]: comparing values needs both at once. Where the budget has no room for that,
+            # all bits are hashed now and compared when the backward asks for them.
             entry.verified += 1
             hashed = True
             wrong = self._verify(call, frame) if self.has_room(call.index) else ""
@@ -418,7 +425,8 @@ class Runtime:
     def _verify(self, call: Call, frame: Frame) -> str:
         """Bring back every value now, while the saved ones are here, and compare all bits (rule 2)."""
         compiled = call.compiled
-        assert compiled is not None and call.entry is not None
+        assert compiled is not None
+        assert call.entry is not None
         leaves = call.cells()
         restorer = Restorer(compiled, frame.states)
         for index in reversed(compiled.dropped):
@@ -524,6 +532,6 @@ def _steps_aside() -> str:
         return "inference mode"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return "saved-tensor hooks are disabled"
     return ""

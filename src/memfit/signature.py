@@ -106,7 +106,7 @@ def describe(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
     parts: list[Any] = []
     for i, t in enumerate(tensors):
         parts.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, type(t)))
-        storage = t.data_ptr() - t.storage_offset() * t.element_size()
+        storage: int = t.data_ptr() - t.storage_offset() * t.element_size()  # type: ignore[assignment]  # no SymInt here
         first = pointers.setdefault(storage, i)
         if first != i:
             parts.append((first, t.storage_offset() - tensors[first].storage_offset()))
@@ -138,7 +138,11 @@ class Watch:
                     self._nested.append((nested, dict(nested)))
             for value in attributes.values():
                 inner = getattr(value, "__dict__", None)
-                if isinstance(inner, dict) and not isinstance(value, (torch.nn.Module, torch.Tensor, type)) and id(inner) not in seen:
+                if (
+                    isinstance(inner, dict)
+                    and not isinstance(value, (torch.nn.Module, torch.Tensor, type))
+                    and id(inner) not in seen
+                ):
                     if not callable(value):
                         seen.add(id(inner))
                         self._configs.append((inner, dict(inner)))
@@ -146,7 +150,7 @@ class Watch:
                     seen.add(id(value))
                     if isinstance(value, dict) and not any(value is n for n, _ in self._nested):
                         self._nested.append((value, dict(value)))
-        self._trainable = [p for p in module.parameters()]
+        self._trainable = list(module.parameters())
         self.trainable = tuple(p.requires_grad for p in self._trainable)
 
     def unchanged(self) -> bool:

@@ -1,7 +1,7 @@
 """The backward of one recorded program on fake tensors: what it allocates, frees, unpacks and lets go of, in order.
 
-The tape of a recording is interpreted once with autograd on fake tensors (no memory, no arithmetic), and its backward is
-watched by a dispatch mode. The working set of every policy is then computed from this one list in plain Python
+The tape of a recording is interpreted once with autograd on fake tensors (no memory, no arithmetic), and its backward
+is watched by a dispatch mode. The working set of every policy is then computed from this one list in plain Python
 (`solver.working_set`); a fake backward per policy would take a quarter of a second each.
 """
 
@@ -25,7 +25,7 @@ def backward_timeline(program: Program) -> tuple[TimelineEvent, ...]:
     logger.setLevel(logging.CRITICAL)  # it prints a traceback where an op has no fake kernel
     try:
         events = _fake_backward(program)
-    except Exception:  # noqa: BLE001 - whatever a fake kernel raises, the estimate below is an upper bound
+    except Exception:  # whatever a fake kernel raises, the estimate below is an upper bound
         events = None
     finally:
         logger.setLevel(level)
@@ -35,8 +35,7 @@ def backward_timeline(program: Program) -> tuple[TimelineEvent, ...]:
 def _estimate(program: Program) -> list[TimelineEvent]:
     """Autograd visits saved tensors in reverse; each visit holds one gradient as large as the storage it reads."""
     events: list[TimelineEvent] = []
-    number = 0
-    for index in reversed(range(len(program.saved))):
+    for number, index in enumerate(reversed(range(len(program.saved)))):
         node = program.nodes[program.saved[index].value.node]
         size = 2 * node.storage_bytes
         events += [
@@ -45,15 +44,14 @@ def _estimate(program: Program) -> list[TimelineEvent]:
             TimelineEvent(kind="release", index=index),
             TimelineEvent(kind="free", index=number, size=size),
         ]
-        number += 1
     return events
 
 
-class _Watcher(TorchDispatchMode):
+class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every storage that comes and goes."""
 
     def __init__(self, events: list[TimelineEvent]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._events = events
         self._alive: dict[int, tuple[StorageWeakRef, int, int]] = {}
         self._number = 0
@@ -62,12 +60,13 @@ class _Watcher(TorchDispatchMode):
 
     def know(self, tensors: list[torch.Tensor]) -> None:
         """Storages that were there before."""
-        self._before = [StorageWeakRef(t.untyped_storage()) for t in tensors]  # so that no address is used again
+        # Held so that no address is used again.
+        self._before = [StorageWeakRef(t.untyped_storage()) for t in tensors]  # type: ignore[no-untyped-call]
         self._known |= {weak.cdata for weak in self._before}
 
     def poll(self) -> None:
         """Note what has been freed since."""
-        gone = [key for key, (weak, _, _) in self._alive.items() if weak.expired()]
+        gone = [key for key, (weak, _, _) in self._alive.items() if weak.expired()]  # type: ignore[no-untyped-call]
         for key in gone:
             _, number, size = self._alive.pop(key)
             self._events.append(TimelineEvent(kind="free", index=number, size=size))
@@ -81,7 +80,8 @@ class _Watcher(TorchDispatchMode):
                 key = storage._cdata
                 if key not in self._alive and key not in self._known:
                     size = storage.nbytes()
-                    self._alive[key] = (StorageWeakRef(storage), self._number, size)
+                    weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                    self._alive[key] = (weak, self._number, size)
                     self._events.append(TimelineEvent(kind="alloc", index=self._number, size=size))
                     self._number += 1
         return out
@@ -139,6 +139,7 @@ def _fake_backward(program: Program) -> list[TimelineEvent] | None:
                 if (value.size, value.stride) == (tuple(leaf.shape), leaf.stride())
                 else leaf.as_strided(value.size, value.stride, max(0, value.offset - node.value.offset))
             )
+
         def resolve(structure: Any) -> Any:
             if isinstance(structure, TapeRef):
                 return tensors[structure.index]
@@ -151,9 +152,9 @@ def _fake_backward(program: Program) -> list[TimelineEvent] | None:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             for op in program.tape:
                 out = op.func(*resolve(op.args), **resolve(op.kwargs))
-                for number, tensor in zip(op.results, out if isinstance(out, (tuple, list)) else (out,), strict=False):
-                    if number is not None:
-                        tensors[number] = tensor
+                for result, tensor in zip(op.results, out if isinstance(out, (tuple, list)) else (out,), strict=False):
+                    if result is not None:
+                        tensors[result] = tensor
         if num_packed != len(program.saved):
             return None
         outputs = [tensors[number] for number in program.tape_outputs if tensors[number].requires_grad]
@@ -169,7 +170,7 @@ def _fake_backward(program: Program) -> list[TimelineEvent] | None:
     return list(events)
 
 
-class _OtherProgram(Exception):  # noqa: N818 - control flow, not an error
+class _OtherProgram(Exception):
     """On fake tensors autograd saves something else."""
 
 

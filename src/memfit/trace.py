@@ -1,9 +1,9 @@
 """Record a block's program: run its real forward once, and write down what it does.
 
-Below autograd a dispatch mode sees every aten op; saved-tensor hooks see every tensor that autograd keeps. Both write into
-one list of events, so that "which version of this storage was saved" has an answer. Each op that a recipe may run is run a
-second time on the spot, from the very tensors it read, and must give the same bits: by induction every recipe over the
-program is right (design, rule 2). The second run is also what is timed.
+Below autograd a dispatch mode sees every aten op; saved-tensor hooks see every tensor that autograd keeps. Both write
+into one list of events, so that "which version of this storage was saved" has an answer. Each op that a recipe may run
+is run a second time on the spot, from the very tensors it read, and must give the same bits: by induction every recipe
+over the program is right (design, rule 2). The second run is also what is timed.
 
 NOTE [No proof by luck]: an op whose result has only equal elements (a gate that is still zero, LoRA's B) has proved
 nothing. Such nodes are ``unproven`` and stay saved until a later recording sees them vary.
@@ -34,7 +34,7 @@ _READERS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Write down the ops of one forward. Enter it, run the forward, leave it, then `finish`."""
 
     def __init__(self, leaves: list[tuple[Leaf, torch.Tensor]], owner: FrameType | None = None) -> None:
@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
             leaves: The block's tensor inputs, parameters and buffers.
             owner: The Python frame of the block's call; ops outside it are not recorded (see NOTE [Stale modes]).
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.program = Program()
         self.leaves = leaves
         self._owner = owner
@@ -74,12 +74,12 @@ class Recorder(TorchDispatchMode):
             self._generator_states[device] = _generator(device).get_state()
         for name in _READERS:
             self._patches.append((name, _patch_reader(self, name)))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._unpatch()
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
         self._owner = None  # a frame holds its callers' frames, and they hold the model's intermediate results
         self.program.python_random = _python_random_state() != self._random_state
 
@@ -98,8 +98,9 @@ class Recorder(TorchDispatchMode):
 
     def is_stale(self) -> bool:
         """Whether the recorded call is over. See NOTE [Stale modes]."""
-        # NOTE [Stale modes]: on KeyboardInterrupt no module hook runs, and a recorder would stay on the stack. So it looks
-        # whether the call it belongs to is still running; `runtime` pops stale modes at the next entry and in `remove`.
+        # NOTE [Stale modes]: on KeyboardInterrupt no module hook runs, and a recorder would stay on the stack. So it
+        # looks whether the call it belongs to is still running; `runtime` pops stale modes at the next entry and in
+        # `remove`.
         if self._owner is None:
             return False
         frame: FrameType | None = sys._getframe(1)
@@ -149,7 +150,7 @@ class Recorder(TorchDispatchMode):
     def _record(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], site: Any) -> Any:
         started = time.perf_counter()
         program = self.program
-        tensors = [t for t in _tensors((args, kwargs))]
+        tensors = _tensors((args, kwargs))
         for tensor in tensors:
             if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided:
                 program.foreign = program.foreign or type(tensor).__name__
@@ -157,7 +158,11 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default and not program.data_dependent:
             program.data_dependent = "item()"
-        if torch.Tag.dynamic_output_shape in func.tags and not program.data_dependent and not _indexes_by_integers(func, args):
+        if (
+            torch.Tag.dynamic_output_shape in func.tags
+            and not program.data_dependent
+            and not _indexes_by_integers(func, args)
+        ):
             program.data_dependent = func._schema.name
         written = ops.written(func, args, kwargs)
         written_ids = {id(t) for t in written}
@@ -348,7 +353,8 @@ class Recorder(TorchDispatchMode):
     def _start_events(self, device: torch.device) -> tuple[Any, Any] | None:
         if device.type != "cuda":
             return None
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         return start, end
 
@@ -406,12 +412,6 @@ class Recorder(TorchDispatchMode):
             op.outputs.append((None, number))
             self._raw.discard(old)
             self._finish_node(number, op, tensor)
-            if (
-                op.overwrites
-                and previous.producer is not None
-                and not ops.is_constant(program.ops[previous.producer].func)
-            ):
-                continue
         for position, tensor in results:
             if self._is_known(tensor):
                 continue
@@ -436,7 +436,7 @@ class Recorder(TorchDispatchMode):
                 self._raw.add(number)
             else:
                 self._finish_node(number, op, tensor)
-        alive = sum(size for (ref, size) in self._sizes if not ref.expired())
+        alive = sum(size for ref, size in self._sizes if not ref.expired())  # type: ignore[no-untyped-call, misc]
         program.peak_bytes = max(program.peak_bytes, alive)
 
     def _finish_node(self, number: int, op: ProgramOp, tensor: torch.Tensor) -> None:
@@ -512,7 +512,7 @@ class Recorder(TorchDispatchMode):
 
     def _see(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
-        weak = StorageWeakRef(storage)
+        weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self._alive.append(weak)
         self._sizes.append((weak, storage.nbytes()))
         self._storage_of[storage._cdata] = len(self._storage_of)
@@ -560,7 +560,8 @@ class Recorder(TorchDispatchMode):
                 self._forbid(number, "viewed under another dtype, or conjugated")
 
     def _geometry(self, node: int, tensor: torch.Tensor) -> Value:
-        return Value(node, tuple(tensor.size()), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype)
+        offset: int = tensor.storage_offset()  # type: ignore[assignment]  # no SymInt here
+        return Value(node, tuple(tensor.size()), tuple(tensor.stride()), offset, tensor.dtype)
 
     def _value(self, tensor: torch.Tensor, node: int) -> Value:
         return self._geometry(node, tensor)
@@ -608,16 +609,16 @@ def _propagate(program: Program) -> None:
     """What depends on a value that is neither saved nor recomputable is not recomputable either."""
     saved = {s.value.node for s in program.saved}
     for op in program.ops:
-        for node in op.inputs:
-            source = program.nodes[node]
-            available = source.recomputable or (node in saved and not source.custom and source.reason != _MUTATED)
+        for number in op.inputs:
+            source = program.nodes[number]
+            available = source.recomputable or (number in saved and not source.custom and source.reason != _MUTATED)
             if op.recomputable and not available:
                 reason = source.reason.removeprefix(_DOWNSTREAM)
                 op.recomputable, op.reason = False, _DOWNSTREAM + reason
         if not op.recomputable:
-            for _, node in op.outputs:
-                if program.nodes[node].recomputable:
-                    program.nodes[node].recomputable, program.nodes[node].reason = False, op.reason
+            for _, number in op.outputs:
+                if program.nodes[number].recomputable:
+                    program.nodes[number].recomputable, program.nodes[number].reason = False, op.reason
     for saved_tensor in program.saved:  # a saved tensor that was overwritten later: plain autograd raises, so must we
         node = program.nodes[saved_tensor.value.node]
         newer = any(n.storage == node.storage for n in program.nodes[saved_tensor.value.node + 1 :])
@@ -629,11 +630,7 @@ def _key(program: Program) -> str:
     """Equal for equal programs, on every machine."""
     digest = sha256()
     for node in program.nodes:
-        digest.update(
-            repr(
-                (node.storage, node.storage_bytes, node.value, str(node.device), node.leaf)
-            ).encode()
-        )
+        digest.update(repr((node.storage, node.storage_bytes, node.value, str(node.device), node.leaf)).encode())
     for op in program.ops:
         digest.update(repr((str(op.func), op.args, op.kwargs, op.outputs, op.target, op.random, op.snapshot)).encode())
     digest.update(repr([(s.value, s.version) for s in program.saved]).encode())
