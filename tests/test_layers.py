@@ -24,6 +24,8 @@ LAYERS = {
     "host": DATA,
     "solver": PLANNING,
     "autopilot": SURFACE,
+    "handle": SURFACE,
+    "offline": SURFACE,
     "cli": SURFACE,
     "integrations": SURFACE,
     "report": SURFACE,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from memfit._version import __version__
 
 if TYPE_CHECKING:
-    from memfit.autopilot import Handle, apply, fit, plan
+    from memfit.autopilot import apply, fit, plan
     from memfit.errors import (
         BudgetError,
         InfeasibleBudgetError,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PlanError,
         RecomputeError,
     )
+    from memfit.handle import Handle
     from memfit.plans import Plan
 
 __all__ = [
@@ -46,7 +47,7 @@ _HOMES = {
     "fit": "memfit.autopilot",
     "plan": "memfit.autopilot",
     "apply": "memfit.autopilot",
-    "Handle": "memfit.autopilot",
+    "Handle": "memfit.handle",
     "Plan": "memfit.plans",
     "MemfitError": "memfit.errors",
     "BudgetError": "memfit.errors",

@@ -1,13 +1,45 @@
-"""Find the blocks of a model: its repeated modules."""
+"""The blocks of a model: its repeated modules, and what is known of each."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memfit.errors import ModelError
+from memfit.signature import Watch
+
+if TYPE_CHECKING:
+    from memfit.entries import Entry
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
 _MIN_REPEATS = 2
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """One module that Memfit plans for.
+
+    Attributes:
+        name: Qualified name in the model.
+        mode: ``replay``, ``descent``, ``fallback`` or ``plain``.
+        reason: Why not replay.
+        parent: The descended block that it belongs to.
+    """
+
+    name: str
+    module: torch.nn.Module
+    mode: str = "replay"
+    reason: str = ""
+    parent: str = ""
+    entries: dict[Any, Entry] = field(default_factory=dict)
+    watch: Watch | None = None
+    watched: int = -1
+    slots: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    recordings_in_a_row: int = 0
+    unsteady: int = 0
 
 
 def find_blocks(model: torch.nn.Module, wanted: list[str] | None = None) -> list[tuple[str, torch.nn.Module]]:

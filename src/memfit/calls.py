@@ -1,4 +1,4 @@
-"""One block call while its forward runs, and the recordings that calls refer to."""
+"""One block call while its forward runs."""
 
 from __future__ import annotations
 
@@ -11,120 +11,21 @@ import torch
 
 from memfit import canary
 from memfit.bits import hash_on_device
-from memfit.errors import MemfitError
-from memfit.frames import Cell, Frame, Handle, Kept, ReplayOfModule, kept, unpack
+from memfit.entries import Entry
+from memfit.fallback import ReplayOfModule
+from memfit.frames import Frame, Handle, Kept, unpack
 from memfit.plans import Policy
 from memfit.programs import Program
-from memfit.replay import NARROW, RECOMPUTE, CompiledPolicy, compile_policy, generator_of, narrow_form, widen
+from memfit.replay import NARROW, RECOMPUTE, CompiledPolicy, generator_of, narrow_form, widen
 from memfit.signature import numeric_flags
 
 if TYPE_CHECKING:
-    from memfit.runtime import Block, Runtime
+    from memfit.blocks import Block
     from memfit.trace import Recorder
 
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
 _top = torch._C._autograd._top_saved_tensors_default_hooks
-
-
-class ProgramState:
-    """A program, its compiled policies, and what has been learnt about it since."""
-
-    def __init__(self, program: Program) -> None:
-        """A program that was just recorded."""
-        self.program = program
-        self.key = program.key
-        self.members = 0
-        self.demoted: set[int] = set()
-        self.version = 0
-        self._compiled: dict[tuple[Policy | None, int], CompiledPolicy] = {}
-        self.checks = _checks(program)
-        self.held: frozenset[int] = frozenset()
-
-    def compile(self, policy: Policy | None) -> CompiledPolicy:
-        """The policy (``None``: keep everything) with demoted values kept."""
-        found = self._compiled.get((policy, self.version))
-        if found is None:
-            wanted = policy if policy is not None else self.keep_everything()
-            narrowed = tuple(n for n in wanted.narrowed if n not in self.demoted)
-            wanted = Policy(program=self.key, kept=tuple(sorted(set(wanted.kept) | self.demoted)), narrowed=narrowed)
-            try:
-                found = compile_policy(self.program, wanted)
-            except MemfitError:  # made for a recording in which more had proved itself
-                found = compile_policy(self.program, self.keep_everything())
-            self._compiled[(policy, self.version)] = found
-        return found
-
-    def keep_everything(self) -> Policy:
-        """Save what autograd saves."""
-        return Policy(program=self.key, kept=tuple(sorted({s.value.node for s in self.program.saved})))
-
-    def demote(self, node: int) -> None:
-        """Keep a value from now on: replayed, it was not the same."""
-        self.demoted.add(node)
-        self.version += 1
-
-    def demoter(self, runtime: Runtime, block: str) -> Callable[[int, float], None]:
-        """For frames that see a difference of a few ulp."""
-
-        def demote(node: int, ulp: float) -> None:
-            self.demote(node)
-            runtime.note(
-                f"ulp {self.key} {node}", f"`{block}`: a value differed by {ulp:.3g} ulp and is kept from now on"
-            )
-
-        return demote
-
-    def add_time(self, program: Program) -> None:
-        """Another recording of the same program: op times become the smaller of both, which is the less disturbed."""
-        self.members += 1
-        if program is self.program:
-            return
-        if program.unproven < self.program.unproven:
-            program.forward_seconds = min(self.program.forward_seconds, program.forward_seconds)
-            self.program = program  # the same ops, of which more have proved themselves
-            self.version += 1
-            self._compiled.clear()
-            return
-        for mine, other in zip(self.program.ops, program.ops, strict=True):
-            mine.seconds = min(mine.seconds, other.seconds)
-        self.program.forward_seconds = min(self.program.forward_seconds, program.forward_seconds)
-
-
-class Entry:
-    """One signature of one block: which program it runs, and how far it is trusted."""
-
-    __slots__ = ("calls", "record_after", "record_again", "recordings", "state", "verified")
-
-    def __init__(self, state: ProgramState) -> None:
-        """Nothing verified yet."""
-        self.state = state
-        self.calls = 0
-        self.verified = 0
-        self.recordings = 0
-        self.record_after = 0
-        self.record_again = False
-
-
-def _checks(program: Program) -> list[tuple[Any, ...]]:
-    """What a call's packed tensors must show, one flat tuple each."""
-    checks = []
-    for saved in program.saved:
-        node = program.nodes[saved.value.node]
-        known = saved.is_leaf or node.producer is not None
-        checks.append(
-            (
-                saved.value.size,
-                saved.value.stride,
-                saved.value.dtype,
-                saved.version if node.producer is not None and not saved.is_leaf else None,
-                saved.value.offset * saved.value.dtype.itemsize,
-                node.storage if known else -1,
-                saved.constant,
-                saved.device,
-            )
-        )
-    return checks
 
 
 class Call:
@@ -474,48 +375,3 @@ class Call:
         self.kept_frame = None
         self.compiled = None
         self.recorder = None
-
-
-def park(call: Call) -> Callable[[torch.Tensor], Handle]:
-    """The pack hook: a handle for each tensor, nothing more."""
-    handles = call.handles
-    recorder = call.recorder
-
-    def pack(tensor: torch.Tensor) -> Handle:
-        handle = Handle(tensor.detach(), len(handles))
-        handles.append(handle)
-        return handle
-
-    def pack_recorded(tensor: torch.Tensor) -> Handle:
-        assert recorder is not None
-        with torch._C._DisableTorchDispatch():
-            alias = tensor.detach()
-        if recorder.is_stale():
-            return Handle(alias, -1)
-        handle = Handle(alias, len(handles))
-        handles.append(handle)
-        recorder.pack(alias)
-        assert call.states is not None
-        call.snapshot(len(handles))
-        return handle
-
-    return pack if recorder is None else pack_recorded
-
-
-def park_and_snapshot(call: Call) -> Callable[[torch.Tensor], Handle]:
-    """`park`, taking the generators' states where recipes need them."""
-    handles = call.handles
-    assert call.compiled is not None
-    wanted = frozenset(call.compiled.snapshots)
-
-    def pack(tensor: torch.Tensor) -> Handle:
-        handle = Handle(tensor.detach(), len(handles))
-        handles.append(handle)
-        if len(handles) in wanted:
-            call.snapshot(len(handles))
-        return handle
-
-    return pack
-
-
-__all__ = ["Call", "Cell", "Entry", "ProgramState", "kept", "park", "park_and_snapshot"]

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
-from memfit.replay import NARROW, CompiledPolicy, Restorer, generator_of, view_of, widen
+from memfit.replay import NARROW, CompiledPolicy, Restorer, view_of, widen
 from memfit.signature import numeric_flags, set_numeric_flags
+
+if TYPE_CHECKING:
+    from memfit.fallback import ReplayOfModule
 
 Cell = tuple[int, torch.Tensor, int]
 """A leaf of a recipe: node, tensor, and the version that it must still have."""
@@ -163,7 +165,7 @@ class Frame:
         self.task = task
         self.restorer = Restorer(self.compiled, self.states)
         if task != -1:
-            _passes.add(task, self)
+            passes.add(task, self)
 
     def end(self) -> None:
         """The backward pass is over: what recipes cached is freed."""
@@ -231,147 +233,6 @@ class Frame:
         )
 
 
-class ReplayOfModule:
-    """Fallback: bring all saved tensors of a block back by running its forward again.
-
-    Only for blocks whose recording wrote nothing and drew no Python randomness (rule 13).
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "args",
-        "autocast",
-        "block",
-        "hashes",
-        "kwargs",
-        "listener",
-        "lock",
-        "metas",
-        "module",
-        "samples",
-        "states",
-        "task",
-        "touched",
-        "values",
-        "versions",
-    )
-
-    def __init__(self, block: str, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        """A frame that calls ``module.forward(*args, **kwargs)`` again; tensors among them are detached aliases."""
-        self.block = block
-        self.module = module
-        self.args = args
-        self.kwargs = kwargs
-        self.lock = threading.RLock()
-        self.metas: list[tuple[Any, ...]] = []
-        self.samples: dict[int, tuple[torch.Tensor, int]] = {}
-        self.states: dict[torch.device, torch.Tensor] = {}
-        self.autocast: tuple[str, Any, bool] | None = None
-        self.values: dict[int, torch.Tensor] = {}
-        self.versions: list[tuple[torch.Tensor, int, int]] = []
-        self.task = -2
-        self.touched = False
-        self.listener: Callable[[], None] | None = None
-        self.hashes: dict[int, torch.Tensor] | None = None
-
-    def unpack(self, handle: Handle) -> torch.Tensor:
-        """The tensor behind a handle."""
-        with self.lock:
-            if not self.touched:
-                self.touched = True
-                if self.listener is not None:
-                    self.listener()
-            if handle.tensor is not None:
-                return kept(handle)
-            task = torch._C._current_graph_task_id()
-            if handle.index not in self.values:
-                self._run()
-                if task != -1 and task != self.task:
-                    self.task = task
-                    _passes.add(task, self)
-            value = self.values.pop(handle.index)
-            if task == -1:
-                self.values.clear()
-            sample = self.samples.get(handle.index)
-            if sample is not None and not canary.same(value, sample[0], sample[1]):
-                raise RecomputeError(
-                    self.block,
-                    f"saved tensor {handle.index} {list(value.shape)}",
-                    "the whole block, run again",
-                    "The block computed something else the second time: it depends on more than its arguments, "
-                    "parameters and torch's generators. Exclude it with `blocks=`.",
-                )
-            return value
-
-    def end(self) -> None:
-        """The backward pass is over."""
-        with self.lock:
-            self.values.clear()
-            self.task = -2
-            self.touched = False
-
-    def _run(self) -> None:
-        for tensor, version, pointer in self.versions:
-            if tensor._version != version or tensor.data_ptr() != pointer:
-                raise ChangedTensorError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"an input or parameter of block `{self.block}` changed between forward and backward, and the "
-                    f"block has to run again ([{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
-                    f"expected version {version} instead)."
-                )
-        found: list[torch.Tensor] = []
-        wanted = len(self.metas)
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            found.append(tensor.detach())
-            if len(found) == wanted:
-                raise _AllPacked
-            return tensor
-
-        before = {device: generator_of(device).get_state() for device in self.states}
-        for device, state in self.states.items():
-            generator_of(device).set_state(state)
-        device_type, dtype, cache = self.autocast or ("cpu", None, False)
-        replaying.active = True
-        try:
-            with (
-                torch.enable_grad(),
-                torch._C._DisableTorchDispatch(),
-                torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache),
-                torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-                suppress(_AllPacked),
-            ):
-                self.module.forward(*self.args, **self.kwargs)
-        finally:
-            replaying.active = False
-            for device, state in before.items():
-                generator_of(device).set_state(state)
-        for index, (tensor, meta) in enumerate(zip(found, self.metas, strict=False)):
-            if canary.meta(tensor) != meta:
-                raise self._mismatch(f"saved tensor {index} is {canary.meta(tensor)}, was {meta}")
-        if len(found) != wanted:
-            raise self._mismatch(f"{len(found)} saved tensors, were {wanted}")
-        self.values = dict(enumerate(found))
-
-    def _mismatch(self, detail: str) -> RecomputeError:
-        return RecomputeError(
-            self.block, "all saved tensors", "the whole block, run again", f"The second run differs: {detail}."
-        )
-
-
-class _Replaying(threading.local):
-    """Whether this thread runs a fallback's forward again: blocks inside it are its own affair."""
-
-    active = False
-
-
-replaying = _Replaying()
-
-
-class _AllPacked(Exception):
-    """Everything that is needed has been packed: the rest of the forward need not run."""
-
-
 class _Passes:
     """Which frames cached values in which backward pass; cleared by a callback at its end."""
 
@@ -401,16 +262,16 @@ class _Passes:
     def clear(self) -> None:
         """Forget the caches of backward passes that never ended."""
         with self._lock:
-            passes, self._frames = self._frames, {}
-        for frames in passes.values():
+            failed, self._frames = self._frames, {}
+        for frames in failed.values():
             for frame in frames:
                 frame.end()
 
 
-_passes = _Passes()
+passes = _Passes()
 
 
 def forget_failed_passes() -> None:
     """Free what recipes cached in a backward that raised; called when the next forward begins."""
-    if _passes._frames and torch._C._current_graph_task_id() == -1:
-        _passes.clear()
+    if passes._frames and torch._C._current_graph_task_id() == -1:
+        passes.clear()

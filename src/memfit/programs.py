@@ -8,12 +8,17 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch._ops import OpOverload
 
 LeafKind = Literal["input", "parameter", "buffer"]
+
+UNKNOWN = "a tensor of unknown origin"
+_DOWNSTREAM = "reads a value that cannot come back: "
+MUTATED = "the block writes it in place"
 
 
 class Value(NamedTuple):
@@ -191,3 +196,42 @@ def refs(template: object) -> list[Ref]:
     if isinstance(template, dict):
         return [ref for item in template.values() for ref in refs(item)]
     return []
+
+
+def seal(program: Program) -> None:
+    """Close a program: nothing is added to it any more."""
+    _propagate(program)
+    program.key = _key(program)
+
+
+def _propagate(program: Program) -> None:
+    """What depends on a value that is neither saved nor recomputable is not recomputable either."""
+    saved = {s.value.node for s in program.saved}
+    for op in program.ops:
+        for number in op.inputs:
+            source = program.nodes[number]
+            available = source.recomputable or (number in saved and not source.custom and source.reason != MUTATED)
+            if op.recomputable and not available:
+                reason = source.reason.removeprefix(_DOWNSTREAM)
+                op.recomputable, op.reason = False, _DOWNSTREAM + reason
+        if not op.recomputable:
+            for _, number in op.outputs:
+                if program.nodes[number].recomputable:
+                    program.nodes[number].recomputable, program.nodes[number].reason = False, op.reason
+    for saved_tensor in program.saved:  # a saved tensor that was overwritten later: plain autograd raises, so must we
+        node = program.nodes[saved_tensor.value.node]
+        newer = any(n.storage == node.storage for n in program.nodes[saved_tensor.value.node + 1 :])
+        if newer and node.recomputable:
+            node.recomputable, node.reason = False, "a later op overwrites it"
+
+
+def _key(program: Program) -> str:
+    """Equal for equal programs, on every machine."""
+    digest = sha256()
+    for node in program.nodes:
+        digest.update(repr((node.storage, node.storage_bytes, node.value, str(node.device), node.leaf)).encode())
+    for op in program.ops:
+        digest.update(repr((str(op.func), op.args, op.kwargs, op.outputs, op.target, op.random, op.snapshot)).encode())
+    digest.update(repr([(s.value, s.version) for s in program.saved]).encode())
+    digest.update(repr((program.outputs, program.graph)).encode())
+    return digest.hexdigest()[:16]

@@ -13,65 +13,30 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from memfit import graph
-from memfit.bits import max_ulp, same_bits
-from memfit.blocks import replayable_children
-from memfit.calls import Call, Entry, ProgramState, park, park_and_snapshot
-from memfit.frames import Frame, Kept, ReplayOfModule, forget_failed_passes, replaying
+from memfit.blocks import Block, replayable_children
+from memfit.calls import Call
+from memfit.entries import Entry, ProgramState
+from memfit.fallback import ReplayOfModule, replaying
+from memfit.frames import Frame, Kept, forget_failed_passes
+from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
+from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program
-from memfit.replay import Restorer
 from memfit.signature import Watch, autocast_state, describe, flatten, numeric_flags, output_tensors, parameter_slots
+from memfit.surroundings import why_aside
 from memfit.trace import Recorder
+from memfit.verification import verify
 
 VERIFIED_CALLS = 3
 GRAPH_CHECKED_CALLS = 8
 GRAPH_CHECK_PERIOD = 16
 MAX_PROGRAMS_PER_BLOCK = 48
 MAX_RECORDINGS_IN_A_ROW = 8
-
-
-class Listener(Protocol):
-    """What an autopilot wants to hear of while it profiles."""
-
-    def block_entered(self, call: Call) -> None:
-        """A block's forward begins."""
-
-    def block_left(self, call: Call) -> None:
-        """A block's forward has ended, and its frame stands."""
-
-    def backward_entered(self, index: int) -> None:
-        """The first saved tensor of block call ``index`` was asked for."""
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """One module that Memfit plans for.
-
-    Attributes:
-        name: Qualified name in the model.
-        mode: ``replay``, ``descent``, ``fallback`` or ``plain``.
-        reason: Why not replay.
-        parent: The descended block that it belongs to.
-    """
-
-    name: str
-    module: torch.nn.Module
-    mode: str = "replay"
-    reason: str = ""
-    parent: str = ""
-    entries: dict[Any, Entry] = field(default_factory=dict)
-    watch: Watch | None = None
-    watched: int = -1
-    slots: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)
-    recordings_in_a_row: int = 0
-    unsteady: int = 0
 
 
 class Runtime:
@@ -98,7 +63,7 @@ class Runtime:
         self.mismatches = 0
         self._hash_turn: dict[str, int] = {}
         self._local = threading.local()
-        self._root_hooks = [model.register_forward_pre_hook(_RootHook(self))]
+        self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
             self.add_block(name, module)
 
@@ -109,8 +74,8 @@ class Runtime:
         block = Block(name=name, module=module, parent=parent)
         block.slots = list(parameter_slots(module))
         block.hooks = [
-            module.register_forward_pre_hook(_PreHook(self, block), with_kwargs=True),
-            module.register_forward_hook(_PostHook(self, block), with_kwargs=True, always_call=True, prepend=True),
+            module.register_forward_pre_hook(PreHook(self, block), with_kwargs=True),
+            module.register_forward_hook(PostHook(self, block), with_kwargs=True, always_call=True, prepend=True),
         ]
         self.blocks.insert(len(self.blocks) if at is None else at, block)
         return block
@@ -168,7 +133,8 @@ class Runtime:
         self._first_frame = None
         self.generation += 1
 
-    def _backward_entered(self, index: int) -> None:
+    def backward_entered(self, index: int) -> None:
+        """The backward has reached block call ``index``."""
         self.backward_seen = True
         if self.listener is not None:
             self.listener.backward_entered(index)
@@ -186,7 +152,7 @@ class Runtime:
             if not stack[-1].is_stale():
                 return  # inside another block: its saved tensors are that block's
             self.pop_stale()
-        why = _steps_aside()
+        why = why_aside()
         if why:
             self.note(f"aside {why}", f"stepped aside: {why}")
             return
@@ -246,7 +212,7 @@ class Runtime:
         else:
             self._finish(call, output)
         if call.index == 0 or self.listener is not None or self.trim is not None:
-            call.watch_backward(_Entered(self, call.index))
+            call.watch_backward(BackwardHook(self, call.index))
         if call.index == 0:
             self._first_frame = weakref.ref(call.kept_frame) if call.kept_frame is not None else None
         call.settle()
@@ -400,7 +366,7 @@ class Runtime:
             # all bits are hashed now and compared when the backward asks for them.
             entry.verified += 1
             hashed = True
-            wrong = self._verify(call, frame) if self.has_room(call.index) else ""
+            wrong = verify(call, frame) if self.has_room(call.index) else ""
             if wrong:
                 self.note(f"demoted {state.key} {wrong}", f"`{block.name}`: {wrong}")
                 call.keep_all()
@@ -422,116 +388,9 @@ class Runtime:
         members = max(1, call.entry.state.members if call.entry is not None else 1)
         return seen == self.generation % members
 
-    def _verify(self, call: Call, frame: Frame) -> str:
-        """Bring back every value now, while the saved ones are here, and compare all bits (rule 2)."""
-        compiled = call.compiled
-        assert compiled is not None
-        assert call.entry is not None
-        leaves = call.cells()
-        restorer = Restorer(compiled, frame.states)
-        for index in reversed(compiled.dropped):
-            found = [(n, call.widened(n, leaves[n][0])) for n in compiled.leaves[index]]
-            found += [(n, frame.parameters[n][0]) for n in compiled.parameters[index]]
-            value = restorer.restore(index, found)
-            saved = call.handles[index].tensor
-            assert saved is not None
-            if not same_bits(value, saved):
-                node = compiled.program.saved[index].value.node
-                ulp = max_ulp(value, saved)
-                call.entry.state.demote(node)
-                return f"saved tensor {index} is kept from now on: replayed, it differs by {ulp:.3g} ulp"
-        return ""
-
-
-class _Entered:
-    """Tells the runtime that the backward has reached a block call."""
-
-    __slots__ = ("index", "runtime")
-
-    def __init__(self, runtime: Runtime, index: int) -> None:
-        self.runtime = weakref.ref(runtime)
-        self.index = index
-
-    def __call__(self) -> None:
-        runtime = self.runtime()
-        if runtime is not None:
-            runtime._backward_entered(self.index)
-
 
 class _RandomStates:
     """Which generators a block may draw from."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self.devices = list(dict.fromkeys([torch.device("cpu"), *(t.device for t in tensors)]))
-
-
-@dataclass(slots=True, eq=False)
-class _RootHook:
-    """Counts the forwards of the model."""
-
-    runtime: Runtime | None
-
-    def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and self.runtime is not None:
-            self.runtime.generation += 1
-
-    def __deepcopy__(self, memo: Any) -> _RootHook:
-        return _RootHook(None)
-
-    def __reduce__(self) -> Any:
-        return _RootHook, (None,)
-
-
-@dataclass(slots=True, eq=False)
-class _PreHook:
-    """Copies and pickles as inert."""
-
-    runtime: Runtime | None
-    block: Block | None
-
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and self.runtime is not None and self.block is not None:
-            self.runtime.before(self.block, args, kwargs)
-
-    def __deepcopy__(self, memo: Any) -> _PreHook:
-        return _PreHook(None, None)
-
-    def __reduce__(self) -> Any:
-        return _PreHook, (None, None)
-
-
-@dataclass(slots=True, eq=False)
-class _PostHook:
-    """Copies and pickles as inert."""
-
-    runtime: Runtime | None
-    block: Block | None
-
-    def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and self.runtime is not None and self.block is not None:
-            self.runtime.after(self.block, output)
-
-    def __deepcopy__(self, memo: Any) -> _PostHook:
-        return _PostHook(None, None)
-
-    def __reduce__(self) -> Any:
-        return _PostHook, (None, None)
-
-
-def _steps_aside() -> str:
-    """Why this call is left alone, or "" (rule 16)."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return "saved-tensor hooks of somebody else are active"
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return "a torch dispatch mode is active"
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return "the model is compiled, exported or traced"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
-    if torch.is_inference_mode_enabled():
-        return "inference mode"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-        return "saved-tensor hooks are disabled"
-    return ""

@@ -14,24 +14,22 @@ ops. Nodes are hashed when they are made and again whenever they are read; if th
 
 from __future__ import annotations
 
-import random
 import sys
 import time
-from hashlib import sha256
 from types import FrameType
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit import ops
-from memfit.bits import all_equal, fingerprint, same_bits
-from memfit.programs import Leaf, Program, ProgramNode, ProgramOp, Ref, SavedTensor, TapeOp, TapeRef, Value
-
-_READERS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+from memfit.bits import same_bits
+from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
+from memfit.readers import READERS, patch_reader, python_random_state
+from memfit.replay import generator_of
+from memfit.storages import PLAIN_TYPES, Storages, address_of, covers, geometry
+from memfit.tape import Tape
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -46,34 +44,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.program = Program()
+        self._nodes = Storages(self.program)
+        self._tape = Tape(self.program, self._nodes)
         self.leaves = leaves
         self._owner = owner
-        self._current: dict[int, int] = {}  # storage address -> node
-        self._alive: list[StorageWeakRef] = []  # keeps addresses from being used again
-        self._storage_of: dict[int, int] = {}
-        self._hash: dict[int, object] = {}
-        self._raw: set[int] = set()  # nodes that nothing has written yet
         self._patches: list[tuple[str, Any]] = []
         self._events: list[tuple[Any, Any, int]] = []  # CUDA timing events
-        self._sizes: list[tuple[StorageWeakRef, int]] = []
         self._packed_at_last_draw = 0
         self._generator_states: dict[torch.device, torch.Tensor] = {}
         self._constants: dict[int, Any] = {}
-        self._taped: dict[Any, int] = {}
-        self._num_taped = 0
         self._random_state: object = None
         self._reads = 0
         for leaf, tensor in leaves:
-            self._add_leaf(leaf, tensor)
+            self._nodes.add_leaf(leaf, tensor)
 
     # What the forward shows
 
     def __enter__(self) -> Recorder:
-        self._random_state = _python_random_state()
+        self._random_state = python_random_state()
         for device in {torch.device("cpu"), *(t.device for _, t in self.leaves if t.device.type in ("cpu", "cuda"))}:
-            self._generator_states[device] = _generator(device).get_state()
-        for name in _READERS:
-            self._patches.append((name, _patch_reader(self, name)))
+            self._generator_states[device] = generator_of(device).get_state()
+        for name in READERS:
+            self._patches.append((name, patch_reader(self.note_read, name)))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -81,7 +73,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._unpatch()
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
         self._owner = None  # a frame holds its callers' frames, and they hold the model's intermediate results
-        self.program.python_random = _python_random_state() != self._random_state
+        self.program.python_random = python_random_state() != self._random_state
 
     def _unpatch(self) -> None:
         while self._patches:
@@ -131,16 +123,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _pack(self, tensor: torch.Tensor) -> None:
         self._reads += 1
         try:
-            node = self._consume(tensor)
-            value = self._value(tensor, node)
+            node = self._nodes.consume(tensor)
+            value = geometry(node, tensor)
             constant = None
-            if self.program.nodes[node].reason == _UNKNOWN and tensor.numel() == 1 and tensor.device.type == "cpu":
+            if self.program.nodes[node].reason == UNKNOWN and tensor.numel() == 1 and tensor.device.type == "cpu":
                 constant = tensor.item()
             saved = SavedTensor(
                 value, tensor.device, tensor._version, self.program.nodes[node].leaf is not None, constant
             )
             if value.dtype != self.program.nodes[node].value.dtype or tensor.is_conj() or tensor.is_neg():
-                self._forbid(node, "saved under another dtype, or conjugated")
+                self._nodes.forbid(node, "saved under another dtype, or conjugated")
             self.program.saved.append(saved)
         finally:
             self._reads -= 1
@@ -152,7 +144,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         program = self.program
         tensors = _tensors((args, kwargs))
         for tensor in tensors:
-            if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided:
+            if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
                 program.foreign = program.foreign or type(tensor).__name__
         if program.foreign:
             return func(*args, **kwargs)
@@ -166,37 +158,37 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             program.data_dependent = func._schema.name
         written = ops.written(func, args, kwargs)
         written_ids = {id(t) for t in written}
-        overwrites = ops.is_overwriting(func) and len(written) == 1 and _covers(written[0])
+        overwrites = ops.is_overwriting(func) and len(written) == 1 and covers(written[0])
         hidden = ops.is_training_batch_norm(func, args)
         skipped = written_ids if overwrites else set()
         if hidden:
             skipped = skipped | {id(args[3]), id(args[4])}
-        reads = {id(t): self._consume(t) for t in tensors if id(t) not in skipped}
+        reads = {id(t): self._nodes.consume(t) for t in tensors if id(t) not in skipped}
         device = next((t.device for t in tensors), kwargs.get("device") or torch.device("cpu"))
         device = torch.device(device) if not isinstance(device, torch.device) else device
         allowed = ops.is_recomputable(func, args, kwargs, device.type)
         drawn = ops.is_random(func, args, kwargs)
-        state = _generator(device).get_state() if drawn else None
+        state = generator_of(device).get_state() if drawn else None
         versions = [] if allowed else [t._version for t in tensors]
         inplace = bool(written) and not hidden
-        template, template_kwargs = _template(args, reads, self), _template(kwargs, reads, self)
+        template, template_kwargs = _template(args, reads), _template(kwargs, reads)
         before = None
         if allowed and inplace and len(written) == 1:
             before = None if overwrites else written[0].clone()
         program.record_seconds += time.perf_counter() - started
 
-        tape_args, tape_kwargs = self._tape(args), self._tape(kwargs)
+        tape_args, tape_kwargs = self._tape.references(args), self._tape.references(kwargs)
         out = func(*args, **kwargs)
 
         started = time.perf_counter()
-        self._tape_results(func, tape_args, tape_kwargs, out)
+        self._tape.note(func, tape_args, tape_kwargs, out)
         if not allowed:
             written += [
                 t for t, v in zip(tensors, versions, strict=True) if t._version != v and id(t) not in written_ids
             ]
         results = _outputs(out)
-        if not written and all(self._is_known(t) for _, t in results) and not drawn:
-            self._forbid_odd_views(results, tensors)
+        if not written and all(self._nodes.is_known(t) for _, t in results) and not drawn:
+            self._nodes.forbid_odd_views(results, tensors)
             return out  # a view, or an op that returned what it got
         op = ProgramOp(func, (), {}, (), [], random=drawn)
         index = len(program.ops)
@@ -207,7 +199,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if drawn and state is not None:
             self._mark_random(index, op, state, device)
         if inplace and len(written) == 1:
-            op.target = self._target(written[0])
+            op.target = self._nodes.target(written[0])
             op.overwrites = overwrites
             positions = [i for i, a in enumerate(args) if a is written[0]]
             op.target_at = positions[0] if positions else 0
@@ -218,47 +210,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             verified = self._verify(op, func, args, kwargs, out, before, written, state, device, overwrites)
             if not verified:
                 op.recomputable, op.reason = False, "a second run gave other bits"
-        self._new_nodes(index, op, func, results, written, hidden)
+        self._nodes.new_nodes(index, op, func, results, written, hidden)
         if ops.is_constant(func) and not written:
             self._constants.update({node: site for _, node in op.outputs})
         program.record_seconds += time.perf_counter() - started
         return out
-
-    def _tape(self, structure: Any) -> Any:
-        if isinstance(structure, torch.Tensor):
-            return TapeRef(self._tape_number(structure))
-        if isinstance(structure, (list, tuple)):
-            return [self._tape(item) for item in structure]
-        if isinstance(structure, dict):
-            return {key: self._tape(item) for key, item in structure.items()}
-        return structure
-
-    def _tape_number(self, tensor: torch.Tensor) -> int:
-        """Tensors on the tape are known by what they view: autograd hands on aliases, not objects."""
-        key = (_address(tensor), tuple(tensor.size()), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-        number = self._taped.get(key)
-        if number is None:
-            number = self._taped[key] = self._num_taped
-            self._num_taped += 1
-            node = self._current.get(key[0])
-            if node is None:
-                node = self._unknown(tensor)
-            self.program.tape_leaves.append((number, self._geometry(node, tensor)))
-        return number
-
-    def _tape_results(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:
-        if func is torch.ops.aten.detach.default:
-            return
-        numbers: list[int | None] = []
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if not isinstance(tensor, torch.Tensor):
-                numbers.append(None)
-                continue
-            key = (_address(tensor), tuple(tensor.size()), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-            self._taped[key] = self._num_taped
-            numbers.append(self._num_taped)
-            self._num_taped += 1
-        self.program.tape.append(TapeOp(func, args, kwargs, tuple(numbers)))
 
     def _may_recompute(
         self, func: OpOverload, op: ProgramOp, allowed: bool, written: list[torch.Tensor], hidden: bool, site: Any
@@ -272,15 +228,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for node in op.inputs:
             if self._constants.get(node) == site:
                 self._trust_constant(node)
-            if node in self._raw:
+            if node in self._nodes.raw:
                 return False, "reads memory that nothing wrote"
             if not nodes[node].recomputable and nodes[node].leaf is None and nodes[node].producer is None:
-                return False, nodes[node].reason or _UNKNOWN
+                return False, nodes[node].reason or UNKNOWN
         if written and not hidden:
             if len(written) != 1:
                 return False, "writes several tensors"
-            current = self._current.get(_address(written[0]))
-            if current is None or nodes[current].leaf is not None or nodes[current].reason == _UNKNOWN:
+            current = self._nodes.current.get(address_of(written[0]))
+            if current is None or nodes[current].leaf is not None or nodes[current].reason == UNKNOWN:
                 return False, "writes a tensor that it did not make"
             if any(saved.value.node == current for saved in self.program.saved):
                 return False, "overwrites a saved tensor"
@@ -323,7 +279,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             again_kwargs = {k: target if v is written[0] else v for k, v in kwargs.items()}
         after = None
         if state is not None:
-            generator = _generator(device)
+            generator = generator_of(device)
             after = generator.get_state()
             generator.set_state(state)
         started = time.perf_counter()
@@ -334,8 +290,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             events[1].record()
             self._events.append((events[0], events[1], len(self.program.ops) - 1))
         if state is not None and after is not None:
-            if not torch.equal(_generator(device).get_state(), after):
-                _generator(device).set_state(after)
+            if not torch.equal(generator_of(device).get_state(), after):
+                generator_of(device).set_state(after)
                 return False
         if target is not None:
             return same_bits(target, written[0])
@@ -372,202 +328,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         expected = self._generator_states.get(device)
         if expected is not None and not torch.equal(expected, state):
             op.recomputable, op.reason = False, "something else moved the generator"
-        self._generator_states[device] = _generator(device).get_state()
+        self._generator_states[device] = generator_of(device).get_state()
 
     # Nodes
-
-    def _new_nodes(
-        self,
-        index: int,
-        op: ProgramOp,
-        func: OpOverload,
-        results: list[tuple[int | None, torch.Tensor]],
-        written: list[torch.Tensor],
-        hidden: bool,
-    ) -> None:
-        program = self.program
-        for tensor in written:
-            address = _address(tensor)
-            old = self._current.get(address)
-            if old is None:
-                program.writes = program.writes or f"{ops.base_name(func)} writes a tensor from outside"
-                old = self._unknown(tensor)
-            previous = program.nodes[old]
-            if previous.leaf is not None or previous.reason in (_UNKNOWN, _MUTATED):
-                program.writes = program.writes or f"{ops.base_name(func)} writes its {_leaf_name(previous)}"
-                previous.recomputable, previous.reason = False, _MUTATED
-                previous.leaf = None
-            recomputable = op.recomputable and not hidden
-            node = ProgramNode(
-                storage=previous.storage,
-                storage_bytes=previous.storage_bytes,
-                value=previous.value if not op.overwrites else self._target(tensor),
-                device=tensor.device,
-                producer=index,
-                recomputable=recomputable,
-                reason="" if recomputable else (op.reason or "writes in place"),
-            )
-            self._narrow(node, op, tensor)
-            number = self._add(node, address)
-            op.outputs.append((None, number))
-            self._raw.discard(old)
-            self._finish_node(number, op, tensor)
-        for position, tensor in results:
-            if self._is_known(tensor):
-                continue
-            address = self._see(tensor)
-            raw = ops.is_uninitialised(func)
-            node = ProgramNode(
-                storage=len(self._storage_of) - 1,
-                storage_bytes=tensor.untyped_storage().nbytes(),
-                value=self._geometry(len(program.nodes), tensor),
-                device=tensor.device,
-                producer=index,
-                recomputable=op.recomputable,
-                reason=op.reason,
-            )
-            if ops.is_constant(func) and tensor.numel() <= 1 and not op.inputs:
-                node.recomputable = op.recomputable = True
-                node.reason = op.reason = ""
-            self._narrow(node, op, tensor)
-            number = self._add(node, address)
-            op.outputs.append((position, number))
-            if raw:
-                self._raw.add(number)
-            else:
-                self._finish_node(number, op, tensor)
-        alive = sum(size for ref, size in self._sizes if not ref.expired())  # type: ignore[no-untyped-call, misc]
-        program.peak_bytes = max(program.peak_bytes, alive)
-
-    def _finish_node(self, number: int, op: ProgramOp, tensor: torch.Tensor) -> None:
-        """Hash it for NOTE [Invisible writers], and look whether it proves anything."""
-        if not tensor.is_meta:
-            self._hash[number] = fingerprint(tensor)
-        node = self.program.nodes[number]
-        if node.recomputable and tensor.numel() > 1 and all_equal(tensor):
-            node.unproven = True
-            node.recomputable, node.reason = False, "all its elements are equal, which proves nothing"
-            op.recomputable, op.reason = False, node.reason
-
-    def _narrow(self, node: ProgramNode, op: ProgramOp, tensor: torch.Tensor) -> None:
-        """Lossless smaller forms, by construction: the dtype before an upcast, and dropout's 0-or-c masks."""
-        name = ops.base_name(op.func)
-        nodes = self.program.nodes
-        if not _covers(tensor):
-            return
-        if name == "_to_copy" and op.inputs and tensor.dtype.is_floating_point:
-            source = nodes[op.inputs[0]].value.dtype
-            if source.is_floating_point and source.itemsize < tensor.dtype.itemsize:
-                if source is not torch.float16 or tensor.dtype in (torch.float32, torch.float64):
-                    node.narrow_dtype = source
-        elif name == "bernoulli_" and tensor.dtype.is_floating_point:
-            node.mask_scale = 1.0
-        elif (
-            name in ("div_", "mul_") and op.inputs and nodes[op.inputs[0]].mask_scale is not None and len(op.args) == 2
-        ):
-            if isinstance(op.args[1], (int, float)):
-                node.mask_scale = float(tensor.max()) if tensor.numel() else None
-                if node.mask_scale == 0.0:
-                    node.mask_scale = None
-
-    def _add_leaf(self, leaf: Leaf, tensor: torch.Tensor) -> None:
-        if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided:
-            self.program.foreign = self.program.foreign or type(tensor).__name__
-            return
-        if self._is_known(tensor):
-            return  # tied, or another view of the same storage
-        address = self._see(tensor)
-        node = ProgramNode(
-            storage=len(self._storage_of) - 1,
-            storage_bytes=tensor.untyped_storage().nbytes(),
-            value=self._geometry(len(self.program.nodes), tensor),
-            device=tensor.device,
-            leaf=leaf,
-            recomputable=True,
-            requires_grad=tensor.requires_grad,
-        )
-        if leaf.kind != "input":
-            self._sizes.pop()
-        self._add(node, address)
-
-    def _unknown(self, tensor: torch.Tensor) -> int:
-        """A tensor that came from nowhere: captured by a closure, made before the block."""
-        address = self._see(tensor)
-        self._sizes.pop()
-        node = ProgramNode(
-            storage=len(self._storage_of) - 1,
-            storage_bytes=tensor.untyped_storage().nbytes(),
-            value=self._geometry(len(self.program.nodes), tensor),
-            device=tensor.device,
-            reason=_UNKNOWN,
-        )
-        return self._add(node, address)
-
-    def _add(self, node: ProgramNode, address: int) -> int:
-        number = len(self.program.nodes)
-        node.value = node.value._replace(node=number)
-        self.program.nodes.append(node)
-        self._current[address] = number
-        return number
-
-    def _see(self, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self._alive.append(weak)
-        self._sizes.append((weak, storage.nbytes()))
-        self._storage_of[storage._cdata] = len(self._storage_of)
-        return int(storage._cdata)
-
-    def _is_known(self, tensor: torch.Tensor) -> bool:
-        return _address(tensor) in self._current
-
-    def _consume(self, tensor: torch.Tensor) -> int:
-        """The node that ``tensor`` views now; a storage that changed behind our back becomes a boundary."""
-        number = self._current.get(_address(tensor))
-        if number is None:
-            return self._unknown(tensor)
-        node = self.program.nodes[number]
-        if number in self._raw:
-            self._raw.discard(number)
-            return self._boundary(number, tensor, "was filled by a kernel that torch does not see")
-        expected = self._hash.get(number)
-        if expected is not None and _same_geometry(tensor, node.value) and fingerprint(tensor) != expected:
-            return self._boundary(number, tensor, "was changed by a kernel that torch does not see")
-        return number
-
-    def _boundary(self, number: int, tensor: torch.Tensor, reason: str) -> int:
-        old = self.program.nodes[number]
-        old.recomputable, old.reason = False, reason
-        node = ProgramNode(
-            storage=old.storage,
-            storage_bytes=old.storage_bytes,
-            value=old.value,
-            device=old.device,
-            producer=old.producer,
-            reason=reason,
-        )
-        return self._add(node, _address(tensor))
-
-    def _forbid(self, number: int, reason: str) -> None:
-        node = self.program.nodes[number]
-        node.recomputable, node.reason = False, reason
-
-    def _forbid_odd_views(self, results: list[tuple[int | None, torch.Tensor]], tensors: list[torch.Tensor]) -> None:
-        """Views that change the dtype or carry a lazy conjugate are not derived by recipes."""
-        for _, tensor in results:
-            number = self._current[_address(tensor)]
-            if tensor.dtype != self.program.nodes[number].value.dtype or tensor.is_conj() or tensor.is_neg():
-                self._forbid(number, "viewed under another dtype, or conjugated")
-
-    def _geometry(self, node: int, tensor: torch.Tensor) -> Value:
-        offset: int = tensor.storage_offset()  # type: ignore[assignment]  # no SymInt here
-        return Value(node, tuple(tensor.size()), tuple(tensor.stride()), offset, tensor.dtype)
-
-    def _value(self, tensor: torch.Tensor, node: int) -> Value:
-        return self._geometry(node, tensor)
-
-    def _target(self, tensor: torch.Tensor) -> Value:
-        return self._geometry(self._current[_address(tensor)], tensor)
 
     # The end
 
@@ -585,67 +348,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             program.ops[index].seconds = start.elapsed_time(end) * 1e-3
         if not program.foreign:
             for tensor in outputs:
-                if type(tensor) not in _PLAIN_TYPES:
+                if type(tensor) not in PLAIN_TYPES:
                     program.foreign = type(tensor).__name__
                     break
-                number = self._consume(tensor)
+                number = self._nodes.consume(tensor)
                 program.nodes[number].output = True
-                program.outputs.append(self._value(tensor, number))
-                program.tape_outputs.append(self._tape_number(tensor))
+                program.outputs.append(geometry(number, tensor))
+                program.tape_outputs.append(self._tape.number(tensor))
         for index in custom:
             program.nodes[program.saved[index].value.node].custom = True
         program.graph = graph
-        _propagate(program)
-        program.key = _key(program)
+        seal(program)
         return program
 
 
-_UNKNOWN = "a tensor of unknown origin"
-_DOWNSTREAM = "reads a value that cannot come back: "
-_MUTATED = "the block writes it in place"
-
-
-def _propagate(program: Program) -> None:
-    """What depends on a value that is neither saved nor recomputable is not recomputable either."""
-    saved = {s.value.node for s in program.saved}
-    for op in program.ops:
-        for number in op.inputs:
-            source = program.nodes[number]
-            available = source.recomputable or (number in saved and not source.custom and source.reason != _MUTATED)
-            if op.recomputable and not available:
-                reason = source.reason.removeprefix(_DOWNSTREAM)
-                op.recomputable, op.reason = False, _DOWNSTREAM + reason
-        if not op.recomputable:
-            for _, number in op.outputs:
-                if program.nodes[number].recomputable:
-                    program.nodes[number].recomputable, program.nodes[number].reason = False, op.reason
-    for saved_tensor in program.saved:  # a saved tensor that was overwritten later: plain autograd raises, so must we
-        node = program.nodes[saved_tensor.value.node]
-        newer = any(n.storage == node.storage for n in program.nodes[saved_tensor.value.node + 1 :])
-        if newer and node.recomputable:
-            node.recomputable, node.reason = False, "a later op overwrites it"
-
-
-def _key(program: Program) -> str:
-    """Equal for equal programs, on every machine."""
-    digest = sha256()
-    for node in program.nodes:
-        digest.update(repr((node.storage, node.storage_bytes, node.value, str(node.device), node.leaf)).encode())
-    for op in program.ops:
-        digest.update(repr((str(op.func), op.args, op.kwargs, op.outputs, op.target, op.random, op.snapshot)).encode())
-    digest.update(repr([(s.value, s.version) for s in program.saved]).encode())
-    digest.update(repr((program.outputs, program.graph)).encode())
-    return digest.hexdigest()[:16]
-
-
-def _template(structure: Any, reads: dict[int, int], recorder: Recorder) -> Any:
+def _template(structure: Any, reads: dict[int, int]) -> Any:
     if isinstance(structure, torch.Tensor):
         node = reads.get(id(structure), -1)
-        return Ref(recorder._geometry(node, structure))
+        return Ref(geometry(node, structure))
     if isinstance(structure, (list, tuple)):
-        return tuple(_template(item, reads, recorder) for item in structure)
+        return tuple(_template(item, reads) for item in structure)
     if isinstance(structure, dict):
-        return {key: _template(item, reads, recorder) for key, item in structure.items()}
+        return {key: _template(item, reads) for key, item in structure.items()}
     return structure
 
 
@@ -672,53 +396,3 @@ def _indexes_by_integers(func: OpOverload, args: tuple[Any, ...]) -> bool:
     if ops.base_name(func) != "index":
         return False
     return all(t.dtype not in (torch.bool, torch.uint8) for t in _tensors(args[1:]))
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _covers(tensor: torch.Tensor) -> bool:
-    """Whether it shows every byte of its storage once."""
-    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-
-
-def _same_geometry(tensor: torch.Tensor, value: Value) -> bool:
-    return (
-        tuple(tensor.size()) == value.size
-        and tuple(tensor.stride()) == value.stride
-        and tensor.storage_offset() == value.offset
-        and tensor.dtype == value.dtype
-    )
-
-
-def _leaf_name(node: ProgramNode) -> str:
-    if node.leaf is None:
-        return "argument"
-    return f"{node.leaf.kind} {node.leaf.name}".strip()
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator
-
-
-def _python_random_state() -> tuple[object, object]:
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else None
-    return random.getstate(), None if state is None else (state[0], state[1].tobytes(), *state[2:])
-
-
-def _patch_reader(recorder: Recorder, name: str) -> Any:
-    """Replace a method by which Python reads data past the dispatcher; returns what stood in its place, if anything."""
-    before = torch.Tensor.__dict__.get(name)
-    original = getattr(torch.Tensor, name)
-
-    def read(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        recorder.note_read(f"{name}()" if not name.startswith("__") else name)
-        return original(self, *args, **kwargs)
-
-    setattr(torch.Tensor, name, read)
-    return before

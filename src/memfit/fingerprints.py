@@ -1,0 +1,32 @@
+"""Which model a plan is for."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import torch
+
+from memfit.errors import PlanError
+from memfit.plans import Plan
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Equal for models of equal structure: names, shapes and dtypes of parameters and buffers, and which train."""
+    digest = sha256(type(model).__name__.encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def check_plan(model: torch.nn.Module, plan: Plan) -> None:
+    """Refuse a plan for another model.
+
+    Raises:
+        PlanError: With both names.
+    """
+    mine = fingerprint(model)
+    if plan.fingerprint != mine:
+        raise PlanError(
+            f"The plan is for {plan.model} ({plan.fingerprint}), the model is {type(model).__name__} ({mine}): names, "
+            "shapes or dtypes of parameters differ. Make a plan for this model with `memfit.plan`."
+        )

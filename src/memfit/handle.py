@@ -1,0 +1,397 @@
+"""The handle of a fitted model: the first step measured, the plan kept true.
+
+Step one runs the smallest plan while the runtime records and a `Profiler` reads memory. When the next step begins, what
+the coming steps will look like is known (gradients resident or fresh, optimizer state born or to be reserved), and the
+solver picks the fastest plan. Afterwards predicted and measured peak are compared, and the plan is corrected. A
+sequence of block calls that was not seen before (another shape, another number of forwards) runs the smallest plan and
+is profiled like step one.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from memfit import host
+from memfit.blocks import find_blocks
+from memfit.costs import profile_program
+from memfit.entries import ProgramState
+from memfit.errors import InfeasibleBudgetError, ModelError
+from memfit.fingerprints import fingerprint
+from memfit.fitted import Fitted
+from memfit.hooks import ModelHook, OptimizerHook
+from memfit.memory import Meter, allocator, meter
+from memfit.modes import Modes
+from memfit.plans import Plan, Policy
+from memfit.profiler import Now, Profiler, step_profile
+from memfit.profiles import ProgramProfile, StepProfile
+from memfit.report.text import render
+from memfit.request import Request
+from memfit.runtime import Runtime
+from memfit.solver.frontier import block_options
+from memfit.solver.planner import solve
+from memfit.summaries import block_rows, describe, unplanned_row
+from memfit.training import TrainingState
+
+MAX_SEQUENCES = 64
+MAX_CORRECTIONS = 4
+SLACK_SHARE = {"tcmalloc": 0.12, "jemalloc": 0.15, "glibc": 0.15}
+"""Of what a plan moves, for what an allocator cannot use again; learnt from the first planned steps afterwards."""
+SLACK_FLOOR = 6 * 2**20
+SETTLED_STEPS = 3
+RELEASED_STEPS = 6
+ROOM_SHARE = 0.025
+"""After so many planned steps, a plan that left more than this share of the budget unused is made again."""
+TRIM_SHARE = 0.8
+"""Under glibc, which hands nothing back by itself: trim where the plan comes this near to the budget."""
+
+
+class Handle:
+    """A fitted model. Also a context manager: leaving it removes Memfit from the model."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        budget: int | Literal["min"] | None,
+        request: Request,
+        blocks: list[str] | None,
+        optimizer: Any,
+        device: torch.device,
+    ) -> None:
+        """Use `fit`."""
+        self.plan: Plan | None = None
+        self._model = weakref.ref(model)
+        self._name = type(model).__name__
+        self._device = device
+        self._budget = budget
+        self._meter: Meter = meter(device)
+        self._training = TrainingState(model, optimizer, device)
+        self._fingerprint = fingerprint(model)
+        self._programs: dict[str, tuple[int, ProgramProfile]] = {}
+        self._plans: dict[tuple[tuple[str, str], ...], Fitted] = {}
+        self._active: Fitted | None = None
+        self._unplanned = False
+        self._profiler: Profiler | None = None
+        self._pending: tuple[Profiler, list[tuple[str, str]]] | None = None
+        self._removed = False
+        self._steps = 0
+        self._measured: int | None = None
+        self._peak_open = False
+        self._corrections = 0
+        self._slack = 0
+        self._clock = 0.0
+        self._seconds: list[float] = []
+        self._planned_step = False
+        self._last_calls: list[dict[str, Any]] = []
+        self._modes = Modes(model)
+        self._request = request
+        self._measures_only = budget is None and not request.decides
+        found = find_blocks(model, blocks)
+        self._block_names = [name for name, _ in found]
+        self.runtime = Runtime(model, [] if self._measures_only else found)
+        self.runtime.choose = self._choose
+        self.runtime.has_room = self._has_room
+        self.runtime.step_began = self._step_began
+        request.number(self._block_names)
+        self._hooks = [
+            register_optimizer_step_pre_hook(OptimizerHook(self, before=True)),
+            register_optimizer_step_post_hook(OptimizerHook(self, before=False)),
+            model.register_forward_pre_hook(ModelHook(self, before=True)),
+            model.register_forward_hook(ModelHook(self, before=False), always_call=True),
+        ]
+        fitted_models[model] = weakref.ref(self)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if not self._removed:
+            self.remove()
+
+    def __repr__(self) -> str:
+        state = "removed" if self._removed else "planned" if self.plan is not None else "waiting for its first step"
+        return f"<memfit.Handle of {self._name}: {state}>"
+
+    def remove(self) -> None:
+        """Make the model exactly what it was.
+
+        Raises:
+            ModelError: It has been removed already.
+        """
+        if self._removed:
+            raise ModelError(f"Memfit was removed from this {self._name} before. Call `memfit.fit` to fit it again.")
+        self._removed = True
+        self._finish_step()
+        self.runtime.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._modes.restore()
+        self._profiler = None
+        self._pending = None
+        model = self._model()
+        if model is not None:
+            fitted_models.pop(model, None)
+
+    # Choosing
+
+    def _choose(self, state: ProgramState, index: int, name: str) -> Policy | None:
+        fitted = self._active
+        if fitted is not None and not self._unplanned:
+            policy = fitted.policies.get(index)
+            if policy is not None and policy.program == state.key and fitted.names[index] == name:
+                return policy
+            for other in self._plans.values():
+                policy = other.policies.get(index)
+                if policy is not None and policy.program == state.key and other.names.get(index) == name:
+                    self._active = other
+                    return policy
+        if index == 0:
+            self._active = None
+            for other in self._plans.values():
+                policy = other.policies.get(0)
+                if policy is not None and policy.program == state.key and other.names.get(0) == name:
+                    self._active = other
+                    self._unplanned = False
+                    return policy
+        self._unplanned = True
+        return self._request.first(self._profile(state), name)
+
+    def _has_room(self, index: int) -> bool:
+        """Whether a block call's values may be held twice while they are verified."""
+        if not isinstance(self._budget, int):
+            return self._budget is None
+        fitted = self._active
+        return fitted is not None and fitted.forward_bytes.get(index, self._budget) <= self._budget - self._slack
+
+    def _profile(self, state: ProgramState) -> ProgramProfile:
+        known = self._programs.get(state.key)
+        if known is None or known[0] != state.version:
+            known = (state.version, profile_program(state.program, state.held | frozenset(state.demoted)))
+            self._programs[state.key] = known
+        return known[1]
+
+    # Steps
+
+    def _step_began(self) -> None:
+        """The first block call after a backward (or at all) is about to run."""
+        self._finish_step()
+        self._settle_plan()
+        self._unplanned = False
+        self._active = None
+        now = time.perf_counter()
+        if self._clock:
+            self._seconds.append(now - self._clock)
+            del self._seconds[:-64]
+        self._clock = now
+        needed = not self._plans or self._last_was_unplanned
+        if needed and not self._measures_only:
+            self._profiler = Profiler(self._meter, self._training.gradient_bytes, self._training.state_bytes)
+            self.runtime.listener = self._profiler
+            self._clock = 0.0
+        else:
+            if self._device.type == "cpu" and self._steps <= RELEASED_STEPS:
+                self._meter.release()  # what recording, verifying and solving took
+            self._meter.reset_peak()
+            self._peak_open = True
+        self._planned_step = bool(self._plans) or self._measures_only
+
+    _last_was_unplanned = False
+
+    def _finish_step(self) -> None:
+        """What the step that ended has shown."""
+        if not self.runtime.calls and not self._measures_only:
+            return
+        profiler, self._profiler = self._profiler, None
+        self.runtime.listener = None
+        if self.runtime.calls:
+            self._last_calls = [describe(call) for call in self.runtime.calls]
+        sequence = [(c.block.name, c.program_key) for c in self.runtime.calls]
+        self._last_was_unplanned = self._unplanned
+        if profiler is not None:
+            profiler.backward_ended()
+            if profiler.complete:
+                self._pending = (profiler, sequence)
+                self._last_was_unplanned = False
+        elif self._peak_open and not self._unplanned:
+            self._peak_open = False
+            peak = self._meter.peak()
+            if self._planned_step:
+                self._measured = peak if self._measured is None else max(self._measured, peak)
+                self._correct(peak)
+        self._peak_open = False
+
+    def _correct(self, peak: int) -> None:
+        """Compare with the prediction; a plan that broke its budget is made again with what was learnt."""
+        fitted, plan = self._active, self.plan
+        if fitted is None or plan is None or not isinstance(self._budget, int) or self._corrections >= MAX_CORRECTIONS:
+            return
+        raw = fitted.raw_peak
+        fitted.peak = max(fitted.peak, peak)
+        fitted.steps += 1
+        if peak > self._budget:
+            self._corrections += 1
+            self._slack = max(self._slack, peak - raw) + SLACK_FLOOR
+            fitted.stale = True
+        elif (
+            fitted.steps == SETTLED_STEPS
+            and plan.recompute_seconds > 0
+            and self._budget - fitted.peak > ROOM_SHARE * self._budget
+        ):
+            self._corrections += 1
+            self._slack = max(0, fitted.peak - raw) + max(SLACK_FLOOR, int(0.01 * self._budget))
+            fitted.stale = True
+
+    def _settle_plan(self) -> None:
+        """Solve for what the last step showed, and again when the optimizer's state has been born."""
+        if self._pending is not None:
+            profiler, sequence = self._pending
+            self._pending = None
+            self._fit_sequence(profiler, tuple(sequence))
+        for key, fitted in list(self._plans.items()):
+            if fitted.stale or (fitted.state_reserved and self._training.born):
+                self._fit_sequence(fitted.profiler, key)
+
+    def _fit_sequence(self, profiler: Profiler, sequence: tuple[tuple[str, str], ...]) -> None:
+        reading = profiler.reading
+        states = self.runtime.states
+        programs = {key: self._profile(states[key]) for _, key in sequence if key in states}
+        resident = self._training.gradient_bytes()
+        if not self._plans:
+            self._warm_up(programs)
+        self._meter.release()
+        now = Now(
+            gradients_start=resident,
+            settled_bytes=self._meter.now() if self._device.type == "cpu" else self._meter.allocated(),
+            born_bytes=self._training.state_bytes(),
+            state_bytes=self._training.state_bytes() if self._training.born else self._training.reserved_bytes(),
+            gradients_end=max(resident, reading.gradients_end),
+        )
+        profile, indices = step_profile(
+            reading, programs, now, device=self._device, step_seconds=self._step_seconds() or 0.0
+        )
+        if self._budget == "min":
+            plan = solve(profile, budget="min", model=self._name, fingerprint=self._fingerprint)
+        else:
+            plan = self._request.plan_for(profile, model=self._name, fingerprint=self._fingerprint)
+        base = self._meter.now()
+        dynamic = max(0, plan.predicted_peak_bytes - base)
+        if isinstance(self._budget, int) and not self._request.decides:
+            share = SLACK_SHARE.get(allocator(), 0.1) if self._device.type == "cpu" else 0.05
+            self._slack = max(self._slack, int(share * dynamic) + SLACK_FLOOR)
+            plan = self._within_budget(profile, self._budget)
+            near = plan.predicted_peak_bytes > TRIM_SHARE * self._budget
+            self.runtime.trim = host.release if near and allocator() == "glibc" and self._device.type == "cpu" else None
+        raw = plan.predicted_peak_bytes
+        predicted = raw + (self._slack if self._budget is not None else 0)
+        if isinstance(self._budget, int):
+            predicted = max(raw, min(predicted, self._budget))
+        self.plan = _with_peak(plan, predicted, self._budget)
+        fitted = Fitted(self.plan, raw, indices, profiler, profile, not self._training.born)
+        if len(self._plans) >= MAX_SEQUENCES:
+            self._plans.pop(next(iter(self._plans)))
+        self._plans[sequence] = fitted
+
+    def _warm_up(self, programs: dict[str, ProgramProfile]) -> None:
+        """Let the solver's code and workspaces grow the process before it is measured."""
+        for program in list(programs.values())[:1]:
+            block_options(program)
+
+    def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
+        """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
+        try:
+            return self._solve(profile, budget, self._slack)
+        except InfeasibleBudgetError as error:
+            smallest = error.minimum - self._slack
+            if smallest > budget:
+                self.remove()
+                raise InfeasibleBudgetError(budget, smallest, error.event, error.advice) from None
+            self._slack = budget - smallest
+            return self._solve(profile, budget, self._slack)
+
+    def _solve(self, profile: StepProfile, budget: int, slack: int) -> Plan:
+        return solve(profile, budget=budget, margin_bytes=slack, model=self._name, fingerprint=self._fingerprint)
+
+    # Reading
+
+    def optimizer_event(self, optimizer: torch.optim.Optimizer, *, before: bool) -> None:
+        """Any torch optimizer is about to step, or has stepped."""
+        if not self._training.owns(optimizer):
+            return
+        if before:
+            if self._profiler is not None:
+                self._profiler.backward_ended()
+            return
+        self._steps += 1
+        self._training.stepped(optimizer)
+        if self._profiler is not None:
+            self._profiler.optimizer_stepped(self._training.state_bytes())
+        self.runtime.generation += 1
+
+    def forward_event(self, module: torch.nn.Module, *, before: bool) -> None:
+        """The model's forward begins, or is over."""
+        if not before:
+            self._modes.leave()
+        elif torch.is_grad_enabled() and module.training:
+            self._modes.enter()
+            self.runtime.begin_if_new()
+
+    def _step_seconds(self) -> float | None:
+        if not self._seconds:
+            return None
+        return sorted(self._seconds)[len(self._seconds) // 2]
+
+    # Reporting
+
+    def report(self) -> str:
+        """What was decided, predicted and measured, as text."""
+        return render(self.summary())
+
+    def summary(self) -> dict[str, Any]:
+        """The report as data that `json.dumps` takes: raw bytes and seconds, ``None`` where unknown."""
+        self._read_open_peak()
+        plan = self.plan
+        blocks = block_rows(self._last_calls, self.runtime.blocks, self._programs)
+        saved = sum(row["saved_bytes"] or 0 for row in blocks)
+        recomputed = sum(row["recomputed_bytes"] or 0 for row in blocks)
+        if self._measures_only:
+            blocks = [unplanned_row(name) for name in self._block_names]
+        plain_peak = self._measured if self._measures_only else None
+        if plan is not None:
+            plain_peak = plan.plain_peak_bytes
+        return {
+            "model": self._name,
+            "device": str(self._device),
+            "budget_bytes": self._budget if isinstance(self._budget, int) else None,
+            "budget": self._budget if isinstance(self._budget, str) else None,
+            "predicted_peak_bytes": plan.predicted_peak_bytes if plan is not None else None,
+            "measured_peak_bytes": self._measured,
+            "plain_peak_bytes": plain_peak,
+            "peak_event": plan.peak_event if plan is not None else None,
+            "step_seconds": self._step_seconds(),
+            "recompute_seconds": plan.recompute_seconds if plan is not None else None,
+            "saved_bytes": saved if self._last_calls else None,
+            "recomputed_bytes": recomputed if self._last_calls else None,
+            "context_bytes": self._meter.outside() if self._device.type == "cuda" else None,
+            "steps": self._steps,
+            "notes": [*self._modes.notes, *self.runtime.notes.values()],
+            "blocks": blocks,
+        }
+
+    def _read_open_peak(self) -> None:
+        """Include the step that is just over in the measurement."""
+        if self._peak_open and self._planned_step and not self._unplanned and not self._removed:
+            peak = self._meter.peak()
+            self._measured = peak if self._measured is None else max(self._measured, peak)
+
+
+fitted_models: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
+
+
+def _with_peak(plan: Plan, predicted: int, budget: int | str | None) -> Plan:
+    return replace(plan, predicted_peak_bytes=predicted, budget_bytes=budget if isinstance(budget, int) else None)

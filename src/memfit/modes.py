@@ -1,0 +1,53 @@
+"""Switches of a model that training under Memfit holds still."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+
+class Modes:
+    """``use_cache``, and the model's own checkpointing."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.notes: list[str] = []
+        self._configs: list[Any] = list(
+            {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}.values()
+        )
+        self._switched = [
+            weakref.ref(m) for m in model.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)
+        ]
+        self._taken: list[weakref.ref[torch.nn.Module]] = []
+        self._caches: list[tuple[Any, Any]] = []
+
+    def enter(self) -> None:
+        """A training forward begins."""
+        for reference in self._switched:
+            module: Any = reference()
+            if module is not None and module.gradient_checkpointing:
+                module.gradient_checkpointing = False
+                self._taken.append(reference)
+                note = "the model's own gradient checkpointing was taken over: the plan decides instead"
+                if note not in self.notes:
+                    self.notes.append(note)
+        for config in self._configs:
+            if config.use_cache:
+                self._caches.append((config, config.use_cache))
+                config.use_cache = False
+
+    def leave(self) -> None:
+        """It is over."""
+        while self._caches:
+            config, value = self._caches.pop()
+            config.use_cache = value
+
+    def restore(self) -> None:
+        """As the user had it."""
+        self.leave()
+        for reference in self._taken:
+            module: Any = reference()
+            if module is not None:
+                module.gradient_checkpointing = True
+        self._taken = []

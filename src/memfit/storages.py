@@ -1,0 +1,249 @@
+"""Which node each storage shows at a moment of a recording."""
+
+from __future__ import annotations
+
+import torch
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memfit import ops
+from memfit.bits import all_equal, fingerprint
+from memfit.programs import MUTATED, UNKNOWN, Leaf, Program, ProgramNode, ProgramOp, Value
+
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+class Storages:
+    """The storages that a recording has seen, and the nodes that they went through."""
+
+    def __init__(self, program: Program) -> None:
+        """Of a recording that writes into ``program``."""
+        self.program = program
+        self.current: dict[int, int] = {}  # storage address -> node
+        self._alive: list[StorageWeakRef] = []  # keeps addresses from being used again
+        self._storage_of: dict[int, int] = {}
+        self._hash: dict[int, object] = {}
+        self.raw: set[int] = set()  # nodes that nothing has written yet
+        self._sizes: list[tuple[StorageWeakRef, int]] = []
+
+    def new_nodes(
+        self,
+        index: int,
+        op: ProgramOp,
+        func: OpOverload,
+        results: list[tuple[int | None, torch.Tensor]],
+        written: list[torch.Tensor],
+        hidden: bool,
+    ) -> None:
+        """Make the nodes of op ``index``: new versions of what it wrote, and its results."""
+        program = self.program
+        for tensor in written:
+            address = address_of(tensor)
+            old = self.current.get(address)
+            if old is None:
+                program.writes = program.writes or f"{ops.base_name(func)} writes a tensor from outside"
+                old = self.unknown(tensor)
+            previous = program.nodes[old]
+            if previous.leaf is not None or previous.reason in (UNKNOWN, MUTATED):
+                program.writes = program.writes or f"{ops.base_name(func)} writes its {_leaf_name(previous)}"
+                previous.recomputable, previous.reason = False, MUTATED
+                previous.leaf = None
+            recomputable = op.recomputable and not hidden
+            node = ProgramNode(
+                storage=previous.storage,
+                storage_bytes=previous.storage_bytes,
+                value=previous.value if not op.overwrites else self.target(tensor),
+                device=tensor.device,
+                producer=index,
+                recomputable=recomputable,
+                reason="" if recomputable else (op.reason or "writes in place"),
+            )
+            self._narrow(node, op, tensor)
+            number = self._add(node, address)
+            op.outputs.append((None, number))
+            self.raw.discard(old)
+            self._finish_node(number, op, tensor)
+        for position, tensor in results:
+            if self.is_known(tensor):
+                continue
+            address = self._see(tensor)
+            raw = ops.is_uninitialised(func)
+            node = ProgramNode(
+                storage=len(self._storage_of) - 1,
+                storage_bytes=tensor.untyped_storage().nbytes(),
+                value=geometry(len(program.nodes), tensor),
+                device=tensor.device,
+                producer=index,
+                recomputable=op.recomputable,
+                reason=op.reason,
+            )
+            if ops.is_constant(func) and tensor.numel() <= 1 and not op.inputs:
+                node.recomputable = op.recomputable = True
+                node.reason = op.reason = ""
+            self._narrow(node, op, tensor)
+            number = self._add(node, address)
+            op.outputs.append((position, number))
+            if raw:
+                self.raw.add(number)
+            else:
+                self._finish_node(number, op, tensor)
+        alive = sum(size for ref, size in self._sizes if not ref.expired())  # type: ignore[no-untyped-call, misc]
+        program.peak_bytes = max(program.peak_bytes, alive)
+
+    def _finish_node(self, number: int, op: ProgramOp, tensor: torch.Tensor) -> None:
+        """Hash it for NOTE [Invisible writers], and look whether it proves anything."""
+        if not tensor.is_meta:
+            self._hash[number] = fingerprint(tensor)
+        node = self.program.nodes[number]
+        if node.recomputable and tensor.numel() > 1 and all_equal(tensor):
+            node.unproven = True
+            node.recomputable, node.reason = False, "all its elements are equal, which proves nothing"
+            op.recomputable, op.reason = False, node.reason
+
+    def _narrow(self, node: ProgramNode, op: ProgramOp, tensor: torch.Tensor) -> None:
+        """Lossless smaller forms, by construction: the dtype before an upcast, and dropout's 0-or-c masks."""
+        name = ops.base_name(op.func)
+        nodes = self.program.nodes
+        if not covers(tensor):
+            return
+        if name == "_to_copy" and op.inputs and tensor.dtype.is_floating_point:
+            source = nodes[op.inputs[0]].value.dtype
+            if source.is_floating_point and source.itemsize < tensor.dtype.itemsize:
+                if source is not torch.float16 or tensor.dtype in (torch.float32, torch.float64):
+                    node.narrow_dtype = source
+        elif name == "bernoulli_" and tensor.dtype.is_floating_point:
+            node.mask_scale = 1.0
+        elif (
+            name in ("div_", "mul_") and op.inputs and nodes[op.inputs[0]].mask_scale is not None and len(op.args) == 2
+        ):
+            if isinstance(op.args[1], (int, float)):
+                node.mask_scale = float(tensor.max()) if tensor.numel() else None
+                if node.mask_scale == 0.0:
+                    node.mask_scale = None
+
+    def add_leaf(self, leaf: Leaf, tensor: torch.Tensor) -> None:
+        """A tensor that the block is given."""
+        if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
+            self.program.foreign = self.program.foreign or type(tensor).__name__
+            return
+        if self.is_known(tensor):
+            return  # tied, or another view of the same storage
+        address = self._see(tensor)
+        node = ProgramNode(
+            storage=len(self._storage_of) - 1,
+            storage_bytes=tensor.untyped_storage().nbytes(),
+            value=geometry(len(self.program.nodes), tensor),
+            device=tensor.device,
+            leaf=leaf,
+            recomputable=True,
+            requires_grad=tensor.requires_grad,
+        )
+        if leaf.kind != "input":
+            self._sizes.pop()
+        self._add(node, address)
+
+    def unknown(self, tensor: torch.Tensor) -> int:
+        """A tensor that came from nowhere: captured by a closure, made before the block."""
+        address = self._see(tensor)
+        self._sizes.pop()
+        node = ProgramNode(
+            storage=len(self._storage_of) - 1,
+            storage_bytes=tensor.untyped_storage().nbytes(),
+            value=geometry(len(self.program.nodes), tensor),
+            device=tensor.device,
+            reason=UNKNOWN,
+        )
+        return self._add(node, address)
+
+    def _add(self, node: ProgramNode, address: int) -> int:
+        number = len(self.program.nodes)
+        node.value = node.value._replace(node=number)
+        self.program.nodes.append(node)
+        self.current[address] = number
+        return number
+
+    def _see(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._alive.append(weak)
+        self._sizes.append((weak, storage.nbytes()))
+        self._storage_of[storage._cdata] = len(self._storage_of)
+        return int(storage._cdata)
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a node of its storage exists."""
+        return address_of(tensor) in self.current
+
+    def consume(self, tensor: torch.Tensor) -> int:
+        """The node that ``tensor`` views now; a storage that changed behind our back becomes a boundary."""
+        number = self.current.get(address_of(tensor))
+        if number is None:
+            return self.unknown(tensor)
+        node = self.program.nodes[number]
+        if number in self.raw:
+            self.raw.discard(number)
+            return self._boundary(number, tensor, "was filled by a kernel that torch does not see")
+        expected = self._hash.get(number)
+        if expected is not None and _same_geometry(tensor, node.value) and fingerprint(tensor) != expected:
+            return self._boundary(number, tensor, "was changed by a kernel that torch does not see")
+        return number
+
+    def _boundary(self, number: int, tensor: torch.Tensor, reason: str) -> int:
+        old = self.program.nodes[number]
+        old.recomputable, old.reason = False, reason
+        node = ProgramNode(
+            storage=old.storage,
+            storage_bytes=old.storage_bytes,
+            value=old.value,
+            device=old.device,
+            producer=old.producer,
+            reason=reason,
+        )
+        return self._add(node, address_of(tensor))
+
+    def forbid(self, number: int, reason: str) -> None:
+        """Recipes may not make this node."""
+        node = self.program.nodes[number]
+        node.recomputable, node.reason = False, reason
+
+    def forbid_odd_views(self, results: list[tuple[int | None, torch.Tensor]], tensors: list[torch.Tensor]) -> None:
+        """Views that change the dtype or carry a lazy conjugate are not derived by recipes."""
+        for _, tensor in results:
+            number = self.current[address_of(tensor)]
+            if tensor.dtype != self.program.nodes[number].value.dtype or tensor.is_conj() or tensor.is_neg():
+                self.forbid(number, "viewed under another dtype, or conjugated")
+
+    def target(self, tensor: torch.Tensor) -> Value:
+        """The view that an op writes to."""
+        return geometry(self.current[address_of(tensor)], tensor)
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Of its storage; not used again while the recording holds on to it."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def covers(tensor: torch.Tensor) -> bool:
+    """Whether it shows every byte of its storage once."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _same_geometry(tensor: torch.Tensor, value: Value) -> bool:
+    return (
+        tuple(tensor.size()) == value.size
+        and tuple(tensor.stride()) == value.stride
+        and tensor.storage_offset() == value.offset
+        and tensor.dtype == value.dtype
+    )
+
+
+def _leaf_name(node: ProgramNode) -> str:
+    if node.leaf is None:
+        return "argument"
+    return f"{node.leaf.kind} {node.leaf.name}".strip()
+
+
+def geometry(node: int, tensor: torch.Tensor) -> Value:
+    """The view of ``node`` that ``tensor`` shows."""
+    offset: int = tensor.storage_offset()  # type: ignore[assignment]  # no SymInt here
+    return Value(node, tuple(tensor.size()), tuple(tensor.stride()), offset, tensor.dtype)

@@ -1,0 +1,24 @@
+"""What surrounds a block call: whether somebody else is at work there."""
+
+from __future__ import annotations
+
+import torch
+
+
+def why_aside() -> str:
+    """Why this call is left alone, or "" (rule 16)."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "saved-tensor hooks of somebody else are active"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a torch dispatch mode is active"
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "the model is compiled, exported or traced"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if torch.is_inference_mode_enabled():
+        return "inference mode"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return "saved-tensor hooks are disabled"
+    return ""

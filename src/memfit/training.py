@@ -1,0 +1,65 @@
+"""What training adds to a model: its gradients, and the optimizers' state."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+STATE_FACTORS = {"adamw": 2.0, "adam": 2.0, "sgd": 0.0, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0, "adafactor": 0.1}
+"""Optimizer state per trainable parameter byte, reserved until the first `optimizer.step()`."""
+
+
+class TrainingState:
+    """Reads what gradients and optimizer state take."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: Any, device: torch.device) -> None:
+        """Of ``model`` on ``device``; ``optimizer`` is what the user named, or ``None``."""
+        self.born = False  # whether an optimizer has stepped
+        self._device = device
+        self._named = optimizer
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self._identities = {id(p) for p in self._trainable}
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._own: dict[int, bool] = {}
+
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer has stepped: its state is there."""
+        self._optimizers.add(optimizer)
+        self.born = True
+
+    def gradient_bytes(self) -> int:
+        """What gradients take now."""
+        return sum(p.grad.untyped_storage().nbytes() for p in self._trainable if p.grad is not None)
+
+    def state_bytes(self) -> int:
+        """What the optimizers that have stepped hold on the device."""
+        total = 0
+        seen: set[int] = set()
+        for optimizer in self._optimizers:
+            for values in optimizer.state.values():
+                for value in values.values() if isinstance(values, dict) else ():
+                    if isinstance(value, torch.Tensor) and value.device.type == self._device.type:
+                        storage = value.untyped_storage()
+                        if storage._cdata not in seen:
+                            seen.add(storage._cdata)
+                            total += storage.nbytes()
+        return total
+
+    def reserved_bytes(self) -> int:
+        """Optimizer state before the first step: of the optimizer that was named, else AdamW's."""
+        optimizer = self._named
+        name = "adamw" if optimizer is None else optimizer if isinstance(optimizer, str) else type(optimizer).__name__
+        factor = STATE_FACTORS.get(name.lower(), 2.0)
+        if isinstance(optimizer, torch.optim.SGD) and any(g.get("momentum") for g in optimizer.param_groups):
+            factor = 1.0
+        return int(factor * sum(p.numel() * p.element_size() for p in self._trainable))
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer steps any of the parameters."""
+        known = self._own.get(id(optimizer))
+        if known is None:
+            known = any(id(p) in self._identities for group in optimizer.param_groups for p in group["params"])
+            self._own[id(optimizer)] = known
+        return known

@@ -1,0 +1,29 @@
+"""Verify a call: bring every dropped value back while what was saved is still there (design, rule 2)."""
+
+from __future__ import annotations
+
+from memfit.bits import max_ulp, same_bits
+from memfit.calls import Call
+from memfit.frames import Frame
+from memfit.replay import Restorer
+
+
+def verify(call: Call, frame: Frame) -> str:
+    """Compare all bits of every value that the policy drops; on a difference demote it and say so, else ""."""
+    compiled = call.compiled
+    assert compiled is not None
+    assert call.entry is not None
+    leaves = call.cells()
+    restorer = Restorer(compiled, frame.states)
+    for index in reversed(compiled.dropped):
+        found = [(n, call.widened(n, leaves[n][0])) for n in compiled.leaves[index]]
+        found += [(n, frame.parameters[n][0]) for n in compiled.parameters[index]]
+        value = restorer.restore(index, found)
+        saved = call.handles[index].tensor
+        assert saved is not None
+        if not same_bits(value, saved):
+            node = compiled.program.saved[index].value.node
+            ulp = max_ulp(value, saved)
+            call.entry.state.demote(node)
+            return f"saved tensor {index} is kept from now on: replayed, it differs by {ulp:.3g} ulp"
+    return ""
