@@ -9,16 +9,20 @@ from rich.table import Table
 
 from memfit.units import format_bytes
 
-# What the project holds itself to; see the README of this folder for the reasons.
+# What the project holds itself to.
 HALF_LIMITS = {"llama": 1.03, "heavy": 1.03, "bert": 1.06}
 OVERHEAD_LIMITS = {"budget=None": 1.01, "save everything": 1.02}
 PEER_LIMIT = 1.02
 
+MIN_WIDTH = 130
+
 
 def show(table: Table) -> None:
     """Print to stdout, never narrower than the table."""
-    console = Console(width=200) if not Console().is_terminal else Console()
-    console.print(table, soft_wrap=True)
+    console = Console()
+    if console.width < MIN_WIDTH:
+        console = Console(width=MIN_WIDTH)
+    console.print(table)
 
 
 def _ratio(side: dict[str, Any] | None) -> str:

@@ -37,6 +37,7 @@ NEEDED_BYTES = 7 << 30
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
+MIN_WIDTH = 130
 _MIB = 1 << 20
 
 
@@ -99,9 +100,9 @@ class Runs:
 def table(plain: Run, checkpointed: Run, fitted: Run, summary: dict[str, Any]) -> Table:
     """The comparison. Memory is that of the whole process."""
     result = Table(title=f"all-MiniLM-L6-v2, {NUM_STEPS} steps of {BATCH_SIZE} pairs, bodies of 512 tokens")
-    for column in ("", "peak, predicted", "peak, measured", "of plain", "step", "of plain", "loss, last step"):
-        result.add_column(column, justify="right" if column else "left")
-    result.add_column("recall@10", justify="right")
+    result.add_column("")
+    for column in ("predicted peak", "measured peak", "of plain", "step", "of plain", "last loss", "recall@10"):
+        result.add_column(column, justify="right", no_wrap=True)
     before = "" if plain.recall_before is None else f"{plain.recall_before:.3f} → "
     predicted = {"memfit": format_bytes(summary["predicted_peak_bytes"])}
     for name, run in (("plain", plain), ("checkpointing", checkpointed), ("memfit", fitted)):
@@ -143,6 +144,8 @@ def main() -> int:
         0; 1 if a run failed, the losses differ or the budget was missed.
     """
     console = Console()
+    if console.width < MIN_WIDTH:
+        console = Console(width=MIN_WIDTH)  # a table in a log is read later, elsewhere
     started = time.monotonic()
     if (free := host.free_bytes()) < NEEDED_BYTES:
         console.print(

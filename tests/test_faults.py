@@ -523,7 +523,6 @@ INSIDE: dict[str, Callable[[Any], object]] = {
     "offset data written": lambda m: m.blocks[1].offset.data.add_(1.0),
     "factor data written": lambda m: m.blocks[1].factor.data.mul_(1.1),
     "output data written": lambda m: m.passed[2].data.mul_(1.1),
-    "output data replaced": lambda m: put(data=m.passed[2].detach() * 1.1)(m.passed[2]),
     "input data written": lambda m: m.passed[0].data.mul_(1.1),
 }
 
@@ -545,6 +544,33 @@ def test_between_forward_and_backward(change: str, when: int) -> None:
         train(Watched(Gated), fit, seen, inside=at(when, INSIDE[change]), steps=when + 2)
 
     hold(scenario, refusal=change in INSIDE_REFUSABLE, fits={**FITS, **SMALLEST} if when == 0 else FITS)
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_output_data_replaced(when: int) -> None:
+    """``h.data = other`` on what passes between blocks: plain autograd follows it into a wrong gradient.
+
+    The fitted gradient may be wrong in no other way: it is that, an error, or the gradient of the forward that ran.
+    """
+
+    def replace(model: Any) -> None:
+        model.passed[2].data = model.passed[2].detach() * 1.1
+
+    def gradients_with(fault: bool) -> Callable[[Fit, Tensors], None]:
+        def scenario(fit: Fit, seen: Tensors) -> None:
+            inside = at(when, replace) if fault else None
+            train(Watched(Gated), fit, seen, inside=inside, steps=when + 1)
+
+        return scenario
+
+    followed, right = attempt(gradients_with(True), None).seen, attempt(gradients_with(False), None).seen
+    assert differences(followed, right)
+    for options in FITS.values():
+        fitted = attempt(gradients_with(True), options)
+        if fitted.error is not None:
+            assert isinstance(fitted.error, memfit.MemfitError)
+            continue
+        assert not differences(fitted.seen, right) or not differences(fitted.seen, followed)
 
 
 @pytest.mark.parametrize("change", ["weight written", "output of a block written", "factor written"])

@@ -64,15 +64,32 @@ def fingerprint(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def hash_on_device(tensor: torch.Tensor) -> torch.Tensor:
-    """`fingerprint`, left on the device: three int64."""
-    flat = as_integers(tensor.detach()).reshape(-1)
-    length = flat.numel()
+    """`fingerprint`, left on the device: three int64. Needs no temporary of the tensor's size if it is dense."""
+    words = _words(tensor.detach())
+    length = words.numel()
     whole = length - length % _COLUMNS
-    tail = flat[whole:]
-    table = flat[:whole].view(-1, _COLUMNS)
-    rows = table.sum(dim=1, dtype=torch.int64)
-    columns = table.sum(dim=0, dtype=torch.int64)
-    return torch.stack((_weighted(rows), _weighted(columns), _weighted(tail.to(torch.int64))))
+    table = words[:whole].view(-1, _COLUMNS)
+    rows = table.sum(dim=1)
+    columns = table.sum(dim=0)
+    return torch.stack((_weighted(rows), _weighted(columns), _weighted(words[whole:])))
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits in memory order as int64, where they divide into them; else one int64 per element."""
+    bits = as_integers(tensor)
+    for dimension, (size, stride) in enumerate(zip(bits.shape, bits.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            bits = bits.narrow(dimension, 0, 1)  # expanded: the same element over and over
+    if bits.is_contiguous():
+        flat = bits.view(-1)
+    elif torch.ops.aten.is_non_overlapping_and_dense(bits):
+        flat = bits.as_strided((bits.numel(),), (1,), bits.storage_offset())
+    else:
+        flat = bits.reshape(-1)
+    per_word = 8 // flat.element_size()
+    if flat.numel() % per_word == 0 and flat.storage_offset() % per_word == 0:
+        return flat.view(torch.int64)
+    return flat.to(torch.int64)
 
 
 def _weighted(sums: torch.Tensor) -> torch.Tensor:

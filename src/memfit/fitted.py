@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from memfit.host import allocator
 from memfit.plans import Plan
 from memfit.profiler import Profiler
 from memfit.profiles import StepProfile
 from memfit.solver.peak import simulate
+
+TRIM_SHARE = {"tcmalloc": 0.88, "jemalloc": 0.88, "glibc": 0.75}
+"""Events above this share of the peak: before them freed memory is handed back. glibc hands nothing back by itself."""
 
 
 class Fitted:
@@ -23,6 +29,7 @@ class Fitted:
         "stale",
         "state_reserved",
         "steps",
+        "trims",
     )
 
     def __init__(
@@ -40,6 +47,7 @@ class Fitted:
         self.profile = profile
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
         events = simulate(profile, plan).events
+        self.trims = _trims(profile, events, indices)
         plain = {
             key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed")
             for key, p in profile.programs.items()
@@ -54,3 +62,28 @@ class Fitted:
         self.peak = 0
         self.steps = 0
         self.state_reserved = state_reserved
+
+
+def _trims(
+    profile: StepProfile, events: Sequence[tuple[str, int]], indices: list[int]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Before which events freed memory is handed back: those near the peak, where what lies free and scattered counts.
+
+    Returns:
+        Block calls after whose forward, and before whose backward.
+    """
+    limit = TRIM_SHARE.get(allocator(), 0.75) * max((size for _, size in events), default=0)
+    after: set[int] = set()
+    before: set[int] = set()
+    last: int | None = None
+    for event, (_, size) in zip(profile.events, events, strict=True):
+        if size >= limit:
+            if event.kind == "backward" and event.call is not None:
+                before.add(indices[event.call])
+            elif event.kind == "forward" and last is not None:
+                after.add(indices[last])
+            elif event.name == "loss" and indices:
+                after.add(indices[-1])
+        if event.kind == "forward":
+            last = event.call
+    return frozenset(after), frozenset(before)

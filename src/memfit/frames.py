@@ -100,6 +100,7 @@ class Frame:
         "lock",
         "parameters",
         "restorer",
+        "same_flags",
         "samples",
         "states",
         "task",
@@ -119,6 +120,7 @@ class Frame:
         self.samples: dict[int, tuple[torch.Tensor, int]] = {}
         self.hashes: dict[int, torch.Tensor] | None = None
         self.flags: tuple[Any, ...] = ()
+        self.same_flags = True
         self.listener: Callable[[], None] | None = None
         self.demote: Callable[[int, float], None] | None = None
 
@@ -141,7 +143,7 @@ class Frame:
                 self._add_parameters(handle.index, leaves)
             if task == -1:
                 self.restorer = None  # not in a backward pass: somebody looks at a graph; keep nothing
-            if self.flags == numeric_flags():
+            if self.same_flags:
                 value = restorer.restore(handle.index, leaves)
             else:
                 with set_numeric_flags(self.flags):
@@ -163,6 +165,7 @@ class Frame:
     def _begin(self, task: int) -> None:
         """The first dropped value in this backward pass."""
         self.task = task
+        self.same_flags = self.flags == numeric_flags()
         self.restorer = Restorer(self.compiled, self.states)
         if task != -1:
             passes.add(task, self)

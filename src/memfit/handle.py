@@ -40,15 +40,13 @@ from memfit.training import TrainingState
 
 MAX_SEQUENCES = 64
 MAX_CORRECTIONS = 4
-SLACK_SHARE = {"tcmalloc": 0.12, "jemalloc": 0.15, "glibc": 0.15}
+SLACK_SHARE = {"tcmalloc": 0.06, "jemalloc": 0.08, "glibc": 0.15}
 """Of what a plan moves, for what an allocator cannot use again; learnt from the first planned steps afterwards."""
 SLACK_FLOOR = 6 * 2**20
 SETTLED_STEPS = 3
 RELEASED_STEPS = 6
 ROOM_SHARE = 0.025
 """After so many planned steps, a plan that left more than this share of the budget unused is made again."""
-TRIM_SHARE = 0.8
-"""Under glibc, which hands nothing back by itself: trim where the plan comes this near to the budget."""
 
 
 class Handle:
@@ -142,6 +140,8 @@ class Handle:
 
     def _choose(self, state: ProgramState, index: int, name: str) -> Policy | None:
         fitted = self._active
+        if index == 0:
+            self.runtime.trim_after = self.runtime.trim_before = frozenset()
         if fitted is not None and not self._unplanned:
             policy = fitted.policies.get(index)
             if policy is not None and policy.program == state.key and fitted.names[index] == name:
@@ -158,6 +158,7 @@ class Handle:
                 if policy is not None and policy.program == state.key and other.names.get(0) == name:
                     self._active = other
                     self._unplanned = False
+                    self.runtime.trim_after, self.runtime.trim_before = other.trims
                     return policy
         self._unplanned = True
         return self._request.first(self._profile(state), name)
@@ -285,8 +286,6 @@ class Handle:
             share = SLACK_SHARE.get(allocator(), 0.1) if self._device.type == "cpu" else 0.05
             self._slack = max(self._slack, int(share * dynamic) + SLACK_FLOOR)
             plan = self._within_budget(profile, self._budget)
-            near = plan.predicted_peak_bytes > TRIM_SHARE * self._budget
-            self.runtime.trim = host.release if near and allocator() == "glibc" and self._device.type == "cpu" else None
         raw = plan.predicted_peak_bytes
         predicted = raw + (self._slack if self._budget is not None else 0)
         if isinstance(self._budget, int):
@@ -296,6 +295,8 @@ class Handle:
         if len(self._plans) >= MAX_SEQUENCES:
             self._plans.pop(next(iter(self._plans)))
         self._plans[sequence] = fitted
+        if self._budget is not None and self._device.type == "cpu":
+            self.runtime.trim = host.release
 
     def _warm_up(self, programs: dict[str, ProgramProfile]) -> None:
         """Let the solver's code and workspaces grow the process before it is measured."""

@@ -51,7 +51,9 @@ class Runtime:
         self.listener: Listener | None = None
         self.step_began: Callable[[], None] = lambda: None
         self.has_room: Callable[[int], bool] = lambda index: True
-        self.trim: Callable[[], object] | None = None  # hands freed memory back, at block boundaries
+        self.trim: Callable[[], object] | None = None  # hands freed memory back
+        self.trim_after: frozenset[int] = frozenset()  # the forward of these block calls
+        self.trim_before: frozenset[int] = frozenset()  # the backward of these
         self.backward_seen = False
         self._begun = False
         self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
@@ -138,7 +140,7 @@ class Runtime:
         self.backward_seen = True
         if self.listener is not None:
             self.listener.backward_entered(index)
-        elif self.trim is not None:
+        elif self.trim is not None and index in self.trim_before:
             self.trim()
 
     # A block call
@@ -211,14 +213,14 @@ class Runtime:
             call.fall_back()
         else:
             self._finish(call, output)
-        if call.index == 0 or self.listener is not None or self.trim is not None:
+        if call.index == 0 or self.listener is not None or call.index in self.trim_before:
             call.watch_backward(BackwardHook(self, call.index))
         if call.index == 0:
             self._first_frame = weakref.ref(call.kept_frame) if call.kept_frame is not None else None
         call.settle()
         if self.listener is not None:
             self.listener.block_left(call)
-        elif self.trim is not None:
+        elif self.trim is not None and call.index in self.trim_after:
             self.trim()
 
     def _watch(self, block: Block) -> None:
