@@ -75,7 +75,10 @@ class Worker:
         """End the process."""
         self._process.kill()
         self._process.wait()
-        self._errors.close()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # an unsent command does not matter any more
+                pipe.close()
 
     def ask(self, command: str) -> dict[str, Any]:
         """Send a command and wait for its answer.

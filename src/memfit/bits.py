@@ -87,7 +87,7 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     else:
         flat = bits.reshape(-1)
     per_word = 8 // flat.element_size()
-    if flat.numel() % per_word == 0 and flat.storage_offset() % per_word == 0:
+    if flat.stride(0) == 1 and flat.numel() % per_word == 0 and flat.storage_offset() % per_word == 0:
         return flat.view(torch.int64)
     return flat.to(torch.int64)
 
