@@ -1049,6 +1049,7 @@ def in_threads(actions: list[Callable[[], Any]]) -> list[Any]:
 
     def run(i: int) -> None:
         try:
+            torch.get_num_threads()  # a new thread takes the process's count when first asked, not at its first matmul
             barrier.wait()
             results[i] = actions[i]()
         except BaseException as error:

@@ -8,7 +8,7 @@ watched separately by `Watch`, once per forward of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,15 +79,33 @@ def set_numeric_flags(flags: tuple[Any, ...]) -> Iterator[None]:
 
 
 def _set_flags(flags: tuple[Any, ...]) -> None:
-    threads, dtype, deterministic, precision, tf32, mkldnn = flags
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.mkldnn.enabled = mkldnn
+    """Set what differs, and only that: other threads see these too."""
+    now = numeric_flags()
+    for flag, value, setter in zip(now, flags, _SETTERS, strict=True):
+        if flag != value:
+            setter(value)
+
+
+def _set_deterministic(on: bool) -> None:
+    torch.use_deterministic_algorithms(on, warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
+
+
+def _set_tf32(on: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def _set_mkldnn(on: bool) -> None:
+    torch.backends.mkldnn.enabled = on  # type: ignore[assignment]  # a property of the module object
+
+
+_SETTERS: tuple[Callable[[Any], None], ...] = (
+    torch.set_num_threads,
+    torch.set_default_dtype,
+    _set_deterministic,
+    torch.set_float32_matmul_precision,
+    _set_tf32,
+    _set_mkldnn,
+)
 
 
 def autocast_state(device_type: str) -> Any:
