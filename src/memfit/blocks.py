@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memfit.errors import ModelError
+from memfit.programs import LeafKind
 from memfit.signature import Watch
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Block:
     entries: dict[Any, Entry] = field(default_factory=dict)
     watch: Watch | None = None
     watched: int = -1
-    slots: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
+    slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     recordings_in_a_row: int = 0
     unsteady: int = 0

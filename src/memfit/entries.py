@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from memfit.checks import Checks
 from memfit.errors import MemfitError
 from memfit.plans import Policy
 from memfit.programs import Program
@@ -25,7 +26,8 @@ class ProgramState:
         self.demoted: set[int] = set()
         self.version = 0
         self._compiled: dict[tuple[Policy | None, int], CompiledPolicy] = {}
-        self.checks = _checks(program)
+        self.checks = Checks(program)
+        self.saved_leaves = saved_leaves(program)
         self.held: frozenset[int] = frozenset()
 
     def compile(self, policy: Policy | None) -> CompiledPolicy:
@@ -93,22 +95,8 @@ class Entry:
         self.record_again = False
 
 
-def _checks(program: Program) -> list[tuple[Any, ...]]:
-    """What a call's packed tensors must show, one flat tuple each."""
-    checks = []
-    for saved in program.saved:
-        node = program.nodes[saved.value.node]
-        known = saved.is_leaf or node.producer is not None
-        checks.append(
-            (
-                saved.value.size,
-                saved.value.stride,
-                saved.value.dtype,
-                saved.version if node.producer is not None and not saved.is_leaf else None,
-                saved.value.offset * saved.value.dtype.itemsize,
-                node.storage if known else -1,
-                saved.constant,
-                saved.device,
-            )
-        )
-    return checks
+def saved_leaves(program: Program) -> tuple[tuple[int, int, int], ...]:
+    """Leaves that autograd saves: node, storage, and the byte in the storage at which the leaf begins."""
+    numbers = sorted({saved.value.node for saved in program.saved if saved.is_leaf})
+    nodes = [(number, program.nodes[number]) for number in numbers]
+    return tuple((n, node.storage, node.value.offset * node.value.dtype.itemsize) for n, node in nodes)

@@ -11,7 +11,7 @@ from memfit.profiles import StepProfile
 from memfit.solver.peak import simulate
 
 TRIM_SHARE = {"tcmalloc": 0.88, "jemalloc": 0.88, "glibc": 0.75}
-"""Events above this share of the peak: before them freed memory is handed back. glibc hands nothing back by itself."""
+"""Before events above this share of the budget freed memory is handed back. glibc hands nothing back by itself."""
 
 
 class Fitted:
@@ -47,7 +47,8 @@ class Fitted:
         self.profile = profile
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
         events = simulate(profile, plan).events
-        self.trims = _trims(profile, events, indices)
+        limit = plan.budget_bytes if plan.budget_bytes is not None else plan.predicted_peak_bytes
+        self.trims = _trims(profile, events, indices, limit)
         plain = {
             key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed")
             for key, p in profile.programs.items()
@@ -65,14 +66,14 @@ class Fitted:
 
 
 def _trims(
-    profile: StepProfile, events: Sequence[tuple[str, int]], indices: list[int]
+    profile: StepProfile, events: Sequence[tuple[str, int]], indices: list[int], budget: int
 ) -> tuple[frozenset[int], frozenset[int]]:
-    """Before which events freed memory is handed back: those near the peak, where what lies free and scattered counts.
+    """Before which events freed memory is handed back: near the budget what lies free and scattered counts.
 
     Returns:
         Block calls after whose forward, and before whose backward.
     """
-    limit = TRIM_SHARE.get(allocator(), 0.75) * max((size for _, size in events), default=0)
+    limit = TRIM_SHARE.get(allocator(), 0.75) * budget
     after: set[int] = set()
     before: set[int] = set()
     last: int | None = None

@@ -15,7 +15,8 @@ import torch
 
 from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
-from memfit.replay import NARROW, CompiledPolicy, Restorer, view_of, widen
+from memfit.narrowing import widen
+from memfit.replay import NARROW, CompiledPolicy, Restorer, view_of
 from memfit.signature import numeric_flags, set_numeric_flags
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def unpack(handle: Handle) -> torch.Tensor:
     frame = handle.frame
     if frame is not None:
         return frame.unpack(handle)
+    tensor = handle.tensor
+    if tensor is not None and tensor._version == handle.version:
+        return tensor
     return kept(handle)
 
 
@@ -117,7 +121,7 @@ class Frame:
         self.restorer: Restorer | None = None
         self.states: dict[int, dict[Any, torch.Tensor]] | None = None
         self.parameters: dict[int, tuple[torch.Tensor, int, int]] = {}
-        self.samples: dict[int, tuple[torch.Tensor, int]] = {}
+        self.samples: canary.Samples | None = None
         self.hashes: dict[int, torch.Tensor] | None = None
         self.flags: tuple[Any, ...] = ()
         self.same_flags = True
@@ -138,18 +142,22 @@ class Frame:
                 self._begin(task)
             restorer = self.restorer
             assert restorer is not None
-            leaves = [(node, self._checked(node, tensor, version)) for node, tensor, version in handle.leaves]
-            if not restorer.has(handle.index):
-                self._add_parameters(handle.index, leaves)
+            value = restorer.take(handle.index)
+            if value is None:
+                value = self._restore(restorer, handle)
             if task == -1:
                 self.restorer = None  # not in a backward pass: somebody looks at a graph; keep nothing
-            if self.same_flags:
-                value = restorer.restore(handle.index, leaves)
-            else:
-                with set_numeric_flags(self.flags):
-                    value = restorer.restore(handle.index, leaves)
             self._check(handle.index, value)
             return value
+
+    def _restore(self, restorer: Restorer, handle: Handle) -> torch.Tensor:
+        """Run the recipe of a handle."""
+        leaves = [(node, self._checked(node, tensor, version)) for node, tensor, version in handle.leaves]
+        self._add_parameters(handle.index, leaves)
+        if self.same_flags:
+            return restorer.restore(handle.index, leaves)
+        with set_numeric_flags(self.flags):
+            return restorer.restore(handle.index, leaves)
 
     def _kept(self, handle: Handle) -> torch.Tensor:
         tensor = kept(handle)
@@ -165,7 +173,7 @@ class Frame:
     def _begin(self, task: int) -> None:
         """The first dropped value in this backward pass."""
         self.task = task
-        self.same_flags = self.flags == numeric_flags()
+        self.same_flags = self.flags == passes.flags(task)
         self.restorer = Restorer(self.compiled, self.states)
         if task != -1:
             passes.add(task, self)
@@ -211,12 +219,13 @@ class Frame:
 
     def _check(self, index: int, value: torch.Tensor) -> None:
         """The canary of rule 4."""
-        sample = self.samples.get(index)
-        if sample is not None and not canary.same(value, sample[0], sample[1]):
-            self._differs(index, canary.distance(value, sample[0], sample[1]))
+        if self.samples is not None:
+            ulp = self.samples.differs(index, value)
+            if ulp is not None:
+                self._differs(index, ulp)
         if self.hashes is not None:
             expected = self.hashes.get(index)
-            if expected is not None and not canary.same_hash(value, expected):
+            if expected is not None and not canary.same_bits(value, expected):
                 self._differs(index, float("nan"))
 
     def _differs(self, index: int, ulp: float) -> None:
@@ -242,6 +251,15 @@ class _Passes:
     def __init__(self) -> None:
         self._frames: dict[int, list[Frame | ReplayOfModule]] = {}
         self._lock = threading.Lock()
+        self._flags: tuple[int, tuple[Any, ...]] = (-1, ())
+
+    def flags(self, task: int) -> tuple[Any, ...]:
+        """The numeric flags under which a pass runs, read once."""
+        known, flags = self._flags
+        if known != task or task == -1:
+            flags = numeric_flags()
+            self._flags = (task, flags)
+        return flags
 
     def add(self, task: int, frame: Frame | ReplayOfModule) -> None:
         with self._lock:

@@ -34,6 +34,7 @@ class CompiledPolicy:
     Attributes:
         policy: What was compiled.
         program: For which program.
+        values: Per saved tensor: the view that it is.
         actions: Per saved tensor: `SAVE`, `RECOMPUTE` or `NARROW`.
         closures: Per saved tensor: ops to run, in program order (empty where none is needed).
         leaves: Per saved tensor: nodes among inputs and kept values that its closure reads, itself included.
@@ -46,12 +47,15 @@ class CompiledPolicy:
         steps: Per op.
         snapshots: Number of packed tensors after which the generator's state is taken -> random ops.
         dropped: Saved tensors that are recomputed.
-        patterns: Where the canary samples each of them.
+        probes: Where the canary samples them.
+        narrow: Saved tensors that are kept in narrow form.
+        custom: Kept saved tensors of custom autograd Functions.
         narrowed: Kept node -> (narrow dtype or None for a mask, scale).
     """
 
     policy: Policy
     program: Program
+    values: list[Value]
     actions: list[int]
     closures: list[tuple[int, ...]]
     leaves: list[tuple[int, ...]]
@@ -65,7 +69,14 @@ class CompiledPolicy:
     snapshots: tuple[int, ...]
     narrowed: dict[int, tuple[torch.dtype | None, float]]
     dropped: tuple[int, ...]
-    patterns: tuple[tuple[int, int], ...]
+    probes: canary.Probes
+    narrow: tuple[int, ...]
+    custom: tuple[int, ...]
+
+    @property
+    def saves_all(self) -> bool:
+        """Whether every handle keeps its tensor as it is."""
+        return not (self.dropped or self.narrow or self.custom)
 
 
 def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
@@ -140,6 +151,7 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
     return CompiledPolicy(
         policy=policy,
         program=program,
+        values=[saved.value for saved in program.saved],
         actions=actions,
         closures=closures,
         leaves=leaves,
@@ -153,7 +165,11 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         snapshots=tuple(sorted({s for i in all_ops if (s := program.ops[i].snapshot) is not None})),
         narrowed=narrowed,
         dropped=tuple(dropped),
-        patterns=tuple(canary.pattern(program.saved[i].value) for i in dropped),
+        probes=canary.Probes((i, program.saved[i].value, program.saved[i].device) for i in dropped),
+        narrow=tuple(i for i, action in enumerate(actions) if action == NARROW),
+        custom=tuple(
+            i for i, s in enumerate(program.saved) if actions[i] == SAVE and program.nodes[s.value.node].custom
+        ),
     )
 
 
@@ -213,12 +229,14 @@ def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept
             return {key: build(item, env) for key, item in structure.items()}
         return structure
 
+    whole = tuple((i, value.node, None if value == bases[value.node] else value) for i, value in slots)
+
     def arguments(env: Environment) -> tuple[list[Any], dict[str, Any]]:
         if not flat:
             return [build(a, env) for a in template], build(kwargs, env)
         args = template.copy()
-        for i, value in slots:
-            args[i] = view_of(env[value.node], value, bases[value.node])
+        for i, node, value in whole:
+            args[i] = env[node] if value is None else view_of(env[node], value, bases[node])
         return args, kwargs
 
     def release(env: Environment, uses: list[int]) -> None:
@@ -274,7 +292,7 @@ class Restorer:
     Not thread-safe by itself: the frame holds its lock around `restore`.
     """
 
-    __slots__ = ("_compiled", "_done", "_states", "_uses", "env")
+    __slots__ = ("_bases", "_compiled", "_done", "_states", "_uses", "_values", "env")
 
     def __init__(self, compiled: CompiledPolicy, states: dict[int, dict[Any, torch.Tensor]] | None) -> None:
         """Start a pass.
@@ -284,14 +302,26 @@ class Restorer:
             states: Generator states by snapshot, see `CompiledPolicy.snapshots`.
         """
         self._compiled = compiled
+        self._bases = compiled.bases
+        self._values = compiled.values
         self._uses = compiled.uses.copy()
         self._done: set[int] = set()
         self._states = states
         self.env: Environment = {}
 
-    def has(self, index: int) -> bool:
-        """Whether the saved tensor ``index`` can be given without running anything."""
-        return self._compiled.program.saved[index].value.node in self.env
+    def take(self, index: int) -> torch.Tensor | None:
+        """The saved tensor ``index`` if nothing has to run for it, else ``None``."""
+        value = self._values[index]
+        node = value.node
+        base = self.env.get(node)
+        if base is None:
+            return None
+        out = view_of(base, value, self._bases[node])
+        uses = self._uses
+        uses[node] -= 1
+        if uses[node] <= 0:
+            del self.env[node]
+        return out
 
     def restore(self, index: int, leaves: Iterable[tuple[int, torch.Tensor]]) -> torch.Tensor:
         """The saved tensor ``index``, which the policy dropped.
@@ -300,27 +330,23 @@ class Restorer:
             index: Its position in pack order.
             leaves: What its closure may read, as (node, tensor); already checked.
         """
-        compiled = self._compiled
-        value = compiled.program.saved[index].value
-        env, uses = self.env, self._uses
-        base = env.get(value.node)
-        if base is None:
-            closure = [i for i in compiled.closures[index] if i not in self._done]
-            if closure and compiled.program.nodes[value.node].producer in self._done:
+        compiled, env, uses = self._compiled, self.env, self._uses
+        node = self._values[index].node
+        if node not in env:
+            if compiled.program.nodes[node].producer in self._done:
                 return Restorer(compiled, self._states).restore(index, leaves)  # asked for again in the same pass
-            for node, tensor in leaves:
-                env[node] = tensor
-            run_ops(compiled, closure, env, uses, self._states)
-            self._done.update(closure)
-            base = env[value.node]
-            for node, _ in leaves:
-                if node != value.node:
-                    env.pop(node, None)
-        out = view_of(base, value, compiled.bases[value.node])
-        uses[value.node] -= 1
-        if uses[value.node] <= 0:
-            env.pop(value.node, None)
-        return out
+            closure = [i for i in compiled.closures[index] if i not in self._done]
+            for leaf, tensor in leaves:
+                env[leaf] = tensor
+            if closure:
+                run_ops(compiled, closure, env, uses, self._states)
+                self._done.update(closure)
+            for leaf, _ in leaves:
+                if leaf != node:
+                    env.pop(leaf, None)
+        value = self.take(index)
+        assert value is not None
+        return value
 
 
 def run_ops(
@@ -363,14 +389,3 @@ def generator_of(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     return torch.default_generator
-
-
-def widen(tensor: torch.Tensor, dtype: torch.dtype, narrow: tuple[torch.dtype | None, float]) -> torch.Tensor:
-    """Undo `narrow_form`."""
-    wide = tensor.to(dtype)
-    return wide.mul_(narrow[1]) if narrow[0] is None and narrow[1] != 1.0 else wide
-
-
-def narrow_form(tensor: torch.Tensor, narrow: tuple[torch.dtype | None, float]) -> torch.Tensor:
-    """The smaller tensor that carries the same information: a bool mask, or the dtype before the upcast."""
-    return tensor != 0 if narrow[0] is None else tensor.to(narrow[0])

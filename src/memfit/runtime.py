@@ -74,7 +74,7 @@ class Runtime:
     def add_block(self, name: str, module: torch.nn.Module, parent: str = "", at: int | None = None) -> Block:
         """Hook one more block."""
         block = Block(name=name, module=module, parent=parent)
-        block.slots = list(parameter_slots(module))
+        block.slots = parameter_slots(module)
         block.hooks = [
             module.register_forward_pre_hook(PreHook(self, block), with_kwargs=True),
             module.register_forward_hook(PostHook(self, block), with_kwargs=True, always_call=True, prepend=True),
@@ -170,8 +170,9 @@ class Runtime:
         if block.watched != self.generation:
             self._watch(block)
         device = tensors[0].device.type if tensors else "cpu"
-        signature = (tuple(key), describe(tensors), block.module.training, autocast_state(device), numeric_flags())
         call = Call(block, len(self.calls), tensors, args, kwargs)
+        call.flags = numeric_flags()
+        signature = (tuple(key), describe(tensors), block.module.training, autocast_state(device), call.flags)
         call.owner = sys._getframe(2)
         self.calls.append(call)
         if self.listener is not None:
@@ -182,7 +183,7 @@ class Runtime:
         call.signature = signature
         if block.mode == "fallback":
             call.compiled = None
-            call.open(park(call), _RandomStates(tensors))
+            call.open(park(call), random=True)
         elif entry is None or entry.record_again:
             self._start_recording(call)
         else:
@@ -190,9 +191,9 @@ class Runtime:
             policy = self.choose(entry.state, call.index, block.name)
             call.compiled = entry.state.compile(policy)
             if call.compiled.snapshots:
-                call.open(park_and_snapshot(call), None)
+                call.open(park_and_snapshot(call))
             else:
-                call.open(park(call), None)
+                call.open(park(call))
         stack.append(call)
 
     def after(self, block: Block, output: Any) -> None:
@@ -230,7 +231,7 @@ class Runtime:
             block.watch = Watch(block.module)
         elif not block.watch.unchanged():
             block.watch = Watch(block.module)
-            block.slots = list(parameter_slots(block.module))
+            block.slots = parameter_slots(block.module)
             block.entries.clear()
 
     def _adopt(self, block: Block, signature: Any) -> Entry | None:
@@ -261,15 +262,15 @@ class Runtime:
         leaves: list[tuple[Leaf, torch.Tensor]] = []
         for i, tensor in enumerate(call.tensors):
             leaves.append((Leaf("input", i, "", ""), tensor))
-        for kind, owner, name, dictionary in block.slots:
+        for (owner, name), (kind, dictionary) in block.slots.items():
             value = dictionary.get(name)
             if value is not None:
-                leaves.append((Leaf("parameter" if kind == "parameter" else "buffer", -1, owner, name), value))
+                leaves.append((Leaf(kind, -1, owner, name), value))
         call.versions = [t._version for t in call.tensors]
         recorder = Recorder(leaves, owner=call.owner)
         call.recorder = recorder
         call.started = time.perf_counter()
-        call.open(park(call), _RandomStates(call.tensors))
+        call.open(park(call), random=True)
 
     def _finish_recording(self, call: Call, output: Any) -> None:
         started = time.perf_counter()
@@ -360,6 +361,9 @@ class Runtime:
         if entry.record_after:
             entry.record_after -= 1
             entry.record_again = entry.record_after == 0
+        if compiled.saves_all:
+            call.save_all()
+            return
         frame = call.frame()
         frame.demote = state.demoter(self, block.name)
         hashed = self._hash_due(state.key, call)
@@ -389,10 +393,3 @@ class Runtime:
         turn[key] = seen + 1
         members = max(1, call.entry.state.members if call.entry is not None else 1)
         return seen == self.generation % members
-
-
-class _RandomStates:
-    """Which generators a block may draw from."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self.devices = list(dict.fromkeys([torch.device("cpu"), *(t.device for t in tensors)]))

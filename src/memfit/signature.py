@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from memfit.programs import LeafKind
+
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, complex)
 
 
@@ -55,16 +57,19 @@ def _collect(structure: Any, tensors: list[torch.Tensor]) -> None:
             _collect(item, tensors)
 
 
+_GETTERS = (
+    torch.get_num_threads,
+    torch.get_default_dtype,
+    torch._C._get_deterministic_algorithms,
+    torch._C._get_float32_matmul_precision,
+    torch._C._get_cudnn_allow_tf32,
+    torch._C._get_mkldnn_enabled,
+)
+
+
 def numeric_flags() -> tuple[Any, ...]:
     """Global settings that change what an op computes."""
-    return (
-        torch.get_num_threads(),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.mkldnn.enabled,
-    )
+    return tuple([getter() for getter in _GETTERS])
 
 
 @contextmanager
@@ -80,8 +85,7 @@ def set_numeric_flags(flags: tuple[Any, ...]) -> Iterator[None]:
 
 def _set_flags(flags: tuple[Any, ...]) -> None:
     """Set what differs, and only that: other threads see these too."""
-    now = numeric_flags()
-    for flag, value, setter in zip(now, flags, _SETTERS, strict=True):
+    for flag, value, setter in zip(numeric_flags(), flags, _SETTERS, strict=True):
         if flag != value:
             setter(value)
 
@@ -191,12 +195,14 @@ class Watch:
 _NESTED = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def parameter_slots(module: torch.nn.Module) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """``(kind, owner, name, dictionary)`` of every parameter and buffer: where a forward will look it up."""
+def parameter_slots(module: torch.nn.Module) -> dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]:
+    """By submodule and name, every parameter and buffer: its kind, and the dictionary where a forward looks it up."""
+    slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]] = {}
     for owner, child in module.named_modules(remove_duplicate=True):
         for name, value in child._parameters.items():
             if value is not None:
-                yield "parameter", owner, name, child._parameters
+                slots[owner, name] = ("parameter", child._parameters)
         for name, value in child._buffers.items():
             if value is not None:
-                yield "buffer", owner, name, child._buffers
+                slots[owner, name] = ("buffer", child._buffers)
+    return slots
