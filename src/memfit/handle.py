@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from memfit import host
 from memfit.blocks import find_blocks
 from memfit.costs import profile_program
 from memfit.entries import ProgramState
@@ -25,6 +24,7 @@ from memfit.errors import InfeasibleBudgetError, ModelError
 from memfit.fingerprints import fingerprint
 from memfit.fitted import Fitted
 from memfit.hooks import ModelHook, OptimizerHook
+from memfit.limits import Limits
 from memfit.memory import Meter, allocator, meter
 from memfit.modes import Modes
 from memfit.plans import Plan, Policy
@@ -40,11 +40,11 @@ from memfit.training import TrainingState
 
 MAX_SEQUENCES = 64
 MAX_CORRECTIONS = 4
-SLACK_SHARE = {"tcmalloc": 0.06, "jemalloc": 0.08, "glibc": 0.15}
-"""Of what a plan moves, for what an allocator cannot use again; learnt from the first planned steps afterwards."""
+SLACK_SHARE = {"tcmalloc": 0.03, "jemalloc": 0.05, "glibc": 0.08}
+"""Of what a plan moves, for pages that the allocator cannot hand back; learnt from the first planned steps."""
 SLACK_FLOOR = 6 * 2**20
 SETTLED_STEPS = 3
-RELEASED_STEPS = 6
+NO_LIMITS = Limits()
 ROOM_SHARE = 0.025
 """After so many planned steps, a plan that left more than this share of the budget unused is made again."""
 
@@ -81,8 +81,10 @@ class Handle:
         self._steps = 0
         self._measured: int | None = None
         self._peak_open = False
+        self._highest = 0
         self._corrections = 0
         self._slack = 0
+        self._learnt: int | None = None
         self._clock = 0.0
         self._seconds: list[float] = []
         self._planned_step = False
@@ -95,6 +97,8 @@ class Handle:
         self.runtime = Runtime(model, [] if self._measures_only else found)
         self.runtime.choose = self._choose
         self.runtime.has_room = self._has_room
+        if device.type == "cpu":
+            self.runtime.keep_under = self._keep_under
         self.runtime.step_began = self._step_began
         request.number(self._block_names)
         self._hooks = [
@@ -141,7 +145,7 @@ class Handle:
     def _choose(self, state: ProgramState, index: int, name: str) -> Policy | None:
         fitted = self._active
         if index == 0:
-            self.runtime.trim_after = self.runtime.trim_before = frozenset()
+            self.runtime.limits = NO_LIMITS
         if fitted is not None and not self._unplanned:
             policy = fitted.policies.get(index)
             if policy is not None and policy.program == state.key and fitted.names[index] == name:
@@ -150,6 +154,7 @@ class Handle:
                 policy = other.policies.get(index)
                 if policy is not None and policy.program == state.key and other.names.get(index) == name:
                     self._active = other
+                    self.runtime.limits = other.limits
                     return policy
         if index == 0:
             self._active = None
@@ -158,7 +163,7 @@ class Handle:
                 if policy is not None and policy.program == state.key and other.names.get(0) == name:
                     self._active = other
                     self._unplanned = False
-                    self.runtime.trim_after, self.runtime.trim_before = other.trims
+                    self._set_limits(other.limits)
                     return policy
         self._unplanned = True
         return self._request.first(self._profile(state), name)
@@ -168,7 +173,19 @@ class Handle:
         if not isinstance(self._budget, int):
             return self._budget is None
         fitted = self._active
-        return fitted is not None and fitted.forward_bytes.get(index, self._budget) <= self._budget - self._slack
+        if fitted is None or index not in fitted.forward_bytes:
+            return False
+        predicted, twice = fitted.forward_bytes[index]
+        return predicted + twice <= self._budget - self._slack and self._meter.now() + twice <= self._budget
+
+    def _set_limits(self, limits: Limits) -> None:
+        self.runtime.limits = limits
+        if limits.start is not None:
+            self._keep_under(limits.start)
+
+    def _keep_under(self, limit: int) -> None:
+        if self._meter.now() > limit:
+            self._meter.release()
 
     def _profile(self, state: ProgramState) -> ProgramProfile:
         known = self._programs.get(state.key)
@@ -196,9 +213,8 @@ class Handle:
             self.runtime.listener = self._profiler
             self._clock = 0.0
         else:
-            if self._device.type == "cpu" and self._steps <= RELEASED_STEPS:
-                self._meter.release()  # what recording, verifying and solving took
             self._meter.reset_peak()
+            self._highest = 0
             self._peak_open = True
         self._planned_step = bool(self._plans) or self._measures_only
 
@@ -221,7 +237,7 @@ class Handle:
                 self._last_was_unplanned = False
         elif self._peak_open and not self._unplanned:
             self._peak_open = False
-            peak = self._meter.peak()
+            peak = max(self._highest, self._meter.peak())
             if self._planned_step:
                 self._measured = peak if self._measured is None else max(self._measured, peak)
                 self._correct(peak)
@@ -237,7 +253,7 @@ class Handle:
         fitted.steps += 1
         if peak > self._budget:
             self._corrections += 1
-            self._slack = max(self._slack, peak - raw) + SLACK_FLOOR
+            self._slack = self._learnt = max(self._slack, peak - raw) + SLACK_FLOOR
             fitted.stale = True
         elif (
             fitted.steps == SETTLED_STEPS
@@ -245,7 +261,7 @@ class Handle:
             and self._budget - fitted.peak > ROOM_SHARE * self._budget
         ):
             self._corrections += 1
-            self._slack = max(0, fitted.peak - raw) + max(SLACK_FLOOR, int(0.01 * self._budget))
+            self._slack = self._learnt = max(0, fitted.peak - raw) + max(SLACK_FLOOR, int(0.01 * self._budget))
             fitted.stale = True
 
     def _settle_plan(self) -> None:
@@ -284,7 +300,7 @@ class Handle:
         dynamic = max(0, plan.predicted_peak_bytes - base)
         if isinstance(self._budget, int) and not self._request.decides:
             share = SLACK_SHARE.get(allocator(), 0.1) if self._device.type == "cpu" else 0.05
-            self._slack = max(self._slack, int(share * dynamic) + SLACK_FLOOR)
+            self._slack = int(share * dynamic) + SLACK_FLOOR if self._learnt is None else self._learnt
             plan = self._within_budget(profile, self._budget)
         raw = plan.predicted_peak_bytes
         predicted = raw + (self._slack if self._budget is not None else 0)
@@ -295,8 +311,6 @@ class Handle:
         if len(self._plans) >= MAX_SEQUENCES:
             self._plans.pop(next(iter(self._plans)))
         self._plans[sequence] = fitted
-        if self._budget is not None and self._device.type == "cpu":
-            self.runtime.trim = host.release
 
     def _warm_up(self, programs: dict[str, ProgramProfile]) -> None:
         """Let the solver's code and workspaces grow the process before it is measured."""
@@ -332,6 +346,8 @@ class Handle:
         self._training.stepped(optimizer)
         if self._profiler is not None:
             self._profiler.optimizer_stepped(self._training.state_bytes())
+        elif self._peak_open:
+            self._highest = max(self._highest, self._meter.peak())  # somebody else may begin a new peak before we do
         self.runtime.generation += 1
 
     def forward_event(self, module: torch.nn.Module, *, before: bool) -> None:
