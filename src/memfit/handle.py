@@ -25,7 +25,7 @@ from memfit.fingerprints import fingerprint
 from memfit.fitted import Fitted
 from memfit.hooks import ModelHook, OptimizerHook
 from memfit.limits import Limits
-from memfit.memory import Meter, allocator, meter
+from memfit.memory import Meter, meter
 from memfit.modes import Modes
 from memfit.plans import Plan, Policy
 from memfit.profiler import Now, Profiler, step_profile
@@ -33,20 +33,14 @@ from memfit.profiles import ProgramProfile, StepProfile
 from memfit.report.text import render
 from memfit.request import Request
 from memfit.runtime import Runtime
+from memfit.slack import Slack
 from memfit.solver.frontier import block_options
 from memfit.solver.planner import solve
 from memfit.summaries import block_rows, describe, unplanned_row
 from memfit.training import TrainingState
 
 MAX_SEQUENCES = 64
-MAX_CORRECTIONS = 4
-SLACK_SHARE = {"tcmalloc": 0.03, "jemalloc": 0.05, "glibc": 0.08}
-"""Of what a plan moves, for pages that the allocator cannot hand back; learnt from the first planned steps."""
-SLACK_FLOOR = 6 * 2**20
-SETTLED_STEPS = 3
 NO_LIMITS = Limits()
-ROOM_SHARE = 0.025
-"""After so many planned steps, a plan that left more than this share of the budget unused is made again."""
 
 
 class Handle:
@@ -82,9 +76,7 @@ class Handle:
         self._measured: int | None = None
         self._peak_open = False
         self._highest = 0
-        self._corrections = 0
-        self._slack = 0
-        self._learnt: int | None = None
+        self._slack = Slack(device.type)
         self._clock = 0.0
         self._seconds: list[float] = []
         self._planned_step = False
@@ -176,7 +168,7 @@ class Handle:
         if fitted is None or index not in fitted.forward_bytes:
             return False
         predicted, twice = fitted.forward_bytes[index]
-        return predicted + twice <= self._budget - self._slack and self._meter.now() + twice <= self._budget
+        return predicted + twice <= self._budget - self._slack.bytes and self._meter.now() + twice <= self._budget
 
     def _set_limits(self, limits: Limits) -> None:
         self.runtime.limits = limits
@@ -240,29 +232,9 @@ class Handle:
             peak = max(self._highest, self._meter.peak())
             if self._planned_step:
                 self._measured = peak if self._measured is None else max(self._measured, peak)
-                self._correct(peak)
+                if self._active is not None and isinstance(self._budget, int):
+                    self._slack.learn(self._active, peak_bytes=peak, budget=self._budget)
         self._peak_open = False
-
-    def _correct(self, peak: int) -> None:
-        """Compare with the prediction; a plan that broke its budget is made again with what was learnt."""
-        fitted, plan = self._active, self.plan
-        if fitted is None or plan is None or not isinstance(self._budget, int) or self._corrections >= MAX_CORRECTIONS:
-            return
-        raw = fitted.raw_peak
-        fitted.peak = max(fitted.peak, peak)
-        fitted.steps += 1
-        if peak > self._budget:
-            self._corrections += 1
-            self._slack = self._learnt = max(self._slack, peak - raw) + SLACK_FLOOR
-            fitted.stale = True
-        elif (
-            fitted.steps == SETTLED_STEPS
-            and plan.recompute_seconds > 0
-            and self._budget - fitted.peak > ROOM_SHARE * self._budget
-        ):
-            self._corrections += 1
-            self._slack = self._learnt = max(0, fitted.peak - raw) + max(SLACK_FLOOR, int(0.01 * self._budget))
-            fitted.stale = True
 
     def _settle_plan(self) -> None:
         """Solve for what the last step showed, and again when the optimizer's state has been born."""
@@ -299,11 +271,10 @@ class Handle:
         base = self._meter.now()
         dynamic = max(0, plan.predicted_peak_bytes - base)
         if isinstance(self._budget, int) and not self._request.decides:
-            share = SLACK_SHARE.get(allocator(), 0.1) if self._device.type == "cpu" else 0.05
-            self._slack = int(share * dynamic) + SLACK_FLOOR if self._learnt is None else self._learnt
+            self._slack.expect(dynamic)
             plan = self._within_budget(profile, self._budget)
         raw = plan.predicted_peak_bytes
-        predicted = raw + (self._slack if self._budget is not None else 0)
+        predicted = raw + (self._slack.bytes if self._budget is not None else 0)
         if isinstance(self._budget, int):
             predicted = max(raw, min(predicted, self._budget))
         self.plan = _with_peak(plan, predicted, self._budget)
@@ -320,14 +291,14 @@ class Handle:
     def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
         """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
         try:
-            return self._solve(profile, budget, self._slack)
+            return self._solve(profile, budget, self._slack.bytes)
         except InfeasibleBudgetError as error:
-            smallest = error.minimum - self._slack
+            smallest = error.minimum - self._slack.bytes
             if smallest > budget:
                 self.remove()
                 raise InfeasibleBudgetError(budget, smallest, error.event, error.advice) from None
-            self._slack = budget - smallest
-            return self._solve(profile, budget, self._slack)
+            self._slack.bytes = budget - smallest
+            return self._solve(profile, budget, self._slack.bytes)
 
     def _solve(self, profile: StepProfile, budget: int, slack: int) -> Plan:
         return solve(profile, budget=budget, margin_bytes=slack, model=self._name, fingerprint=self._fingerprint)
@@ -364,6 +335,11 @@ class Handle:
         return sorted(self._seconds)[len(self._seconds) // 2]
 
     # Reporting
+
+    @property
+    def profile(self) -> StepProfile | None:
+        """What a step costs, as the solver saw it; ``None`` before the first step."""
+        return self._active.profile if self._active is not None else None
 
     def report(self) -> str:
         """What was decided, predicted and measured, as text."""
