@@ -117,8 +117,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def pack(self, tensor: torch.Tensor) -> None:
         """Autograd keeps ``tensor`` (already detached)."""
-        with torch._C._DisableTorchDispatch():
-            self._pack(tensor)
+        if type(tensor) not in PLAIN_TYPES:
+            self.program.foreign = self.program.foreign or type(tensor).__name__
+        if not self.program.foreign:
+            with torch._C._DisableTorchDispatch():
+                self._pack(tensor)
 
     def _pack(self, tensor: torch.Tensor) -> None:
         self._reads += 1
