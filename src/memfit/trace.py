@@ -151,8 +151,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 program.foreign = program.foreign or type(tensor).__name__
         if program.foreign:
             return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default and not program.data_dependent:
-            program.data_dependent = "item()"
+        if torch.Tag.data_dependent_output in func.tags and not program.data_dependent:
+            program.data_dependent = "item()" if ops.base_name(func) == "_local_scalar_dense" else ops.base_name(func)
         if (
             torch.Tag.dynamic_output_shape in func.tags
             and not program.data_dependent
