@@ -18,6 +18,7 @@ from memfit.plans import Policy
 from memfit.programs import Program
 from memfit.replay import NARROW, RECOMPUTE, CompiledPolicy, generator_of, narrow_form, widen
 from memfit.signature import numeric_flags
+from memfit.storages import covers
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
 _top = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+SMALL_BUFFER_BYTES = 16 * 2**10
+"""Buffers up to this size are copied into the frame: distributed training broadcasts them, and no version tells."""
 
 
 class Call:
@@ -223,6 +228,9 @@ class Call:
             for number in compiled.parameter_nodes:
                 tensor = self.leaf(number)
                 if tensor is not None:
+                    leaf = compiled.program.nodes[number].leaf
+                    if leaf is not None and leaf.kind == "buffer" and _is_small(tensor):
+                        tensor = tensor.detach().clone()
                     frame.parameters[number] = (tensor, tensor.data_ptr(), tensor._version)
         return frame
 
@@ -375,3 +383,8 @@ class Call:
         self.kept_frame = None
         self.compiled = None
         self.recorder = None
+
+
+def _is_small(buffer: torch.Tensor) -> bool:
+    """Whether a buffer is copied into the frame: small, and a copy has its geometry."""
+    return buffer.nbytes <= SMALL_BUFFER_BYTES and buffer.is_contiguous() and covers(buffer)
