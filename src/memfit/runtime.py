@@ -145,8 +145,8 @@ class Runtime:
 
     # A block call
 
-    def before(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The pre-forward hook."""
+    def before(self, block: Block, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The pre-forward hook; ``module`` is what is called, the block's own unless it was replicated."""
         if not torch.is_grad_enabled() or not self.active or replaying.active:
             return
         stack = self._stack()
@@ -154,7 +154,11 @@ class Runtime:
             if not stack[-1].is_stale():
                 return  # inside another block: its saved tensors are that block's
             self.pop_stale()
-        why = why_aside()
+        tensors: list[torch.Tensor] = []
+        key: list[Any] = []
+        flatten(args, tensors, key)
+        flatten(kwargs, tensors, key)
+        why = why_aside(block.module, module, tensors)
         if why:
             self.note(f"aside {why}", f"stepped aside: {why}")
             return
@@ -163,10 +167,6 @@ class Runtime:
         forget_failed_passes()
         if self.backward_seen or not self.calls:
             self.begin_if_new()
-        tensors: list[torch.Tensor] = []
-        key: list[Any] = []
-        flatten(args, tensors, key)
-        flatten(kwargs, tensors, key)
         if block.watched != self.generation:
             self._watch(block)
         device = tensors[0].device.type if tensors else "cpu"
