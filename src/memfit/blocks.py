@@ -26,6 +26,7 @@ class Block:
         mode: ``replay``, ``descent``, ``fallback`` or ``plain``.
         reason: Why not replay.
         parent: The descended block that it belongs to.
+        own: Where its parameters and buffers lie, by `storages_of`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Block:
     watch: Watch | None = None
     watched: int = -1
     slots: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
+    own: dict[int, int] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     recordings_in_a_row: int = 0
     unsteady: int = 0

@@ -27,7 +27,7 @@ from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program
-from memfit.signature import Watch, autocast_state, describe, flatten, numeric_flags, output_tensors, parameter_slots
+from memfit.signature import Watch, call_key, flatten, output_tensors, parameter_slots, storages_of
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
 from memfit.verification import verify
@@ -169,8 +169,7 @@ class Runtime:
             self.begin_if_new()
         if block.watched != self.generation:
             self._watch(block)
-        device = tensors[0].device.type if tensors else "cpu"
-        signature = (tuple(key), describe(tensors), block.module.training, autocast_state(device), numeric_flags())
+        signature = call_key(key, tensors, block.module.training, block.own)
         call = Call(block, len(self.calls), tensors, args, kwargs)
         call.owner = sys._getframe(2)
         self.calls.append(call)
@@ -232,6 +231,7 @@ class Runtime:
             block.watch = Watch(block.module)
             block.slots = list(parameter_slots(block.module))
             block.entries.clear()
+        block.own = storages_of(block.slots)
 
     def _adopt(self, block: Block, signature: Any) -> Entry | None:
         """A recording of a block that has been recorded equal to this one before (rule 10)."""

@@ -8,12 +8,13 @@ watched separately by `Watch`, once per forward of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, complex)
 
 
@@ -115,20 +116,50 @@ def autocast_state(device_type: str) -> Any:
     return None
 
 
-def describe(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+def call_key(arguments: list[Any], tensors: list[torch.Tensor], training: bool, own: dict[int, int]) -> Any:
+    """The signature of a call.
+
+    Args:
+        arguments: As `flatten` describes them.
+        tensors: As `flatten` collects them.
+        training: The block's flag.
+        own: Where the block's parameters and buffers lie, see `storages_of`.
+    """
+    device = tensors[0].device.type if tensors else "cpu"
+    return tuple(arguments), describe(tensors, own), training, autocast_state(device), numeric_flags()
+
+
+def describe(tensors: list[torch.Tensor], own: dict[int, int]) -> tuple[Any, ...]:
     """Shapes, strides, dtypes, devices, ``requires_grad`` and the alias pattern of tensor arguments."""
-    if len(tensors) == 1:
-        (t,) = tensors
-        return (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, type(t))
     pointers: dict[int, int] = {}
     parts: list[Any] = []
     for i, t in enumerate(tensors):
         parts.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, type(t)))
-        storage: int = t.data_ptr() - t.storage_offset() * t.element_size()  # type: ignore[assignment]  # no SymInt here
+        if type(t) not in _PLAIN:
+            continue  # a block that is given one is not replayed
+        storage = storage_start(t)
         first = pointers.setdefault(storage, i)
         if first != i:
             parts.append((first, t.storage_offset() - tensors[first].storage_offset()))
+        elif storage in own:
+            parts.append(("own", own[storage], t.storage_offset()))
     return tuple(parts)
+
+
+def storage_start(tensor: torch.Tensor) -> int:
+    """Where the storage of a strided tensor begins."""
+    start: int = tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()  # type: ignore[assignment]  # no SymInt
+    return start
+
+
+def storages_of(slots: Iterable[tuple[str, str, str, dict[str, Any]]]) -> dict[int, int]:
+    """Where parameters and buffers lie now, to be compared with arguments."""
+    found: dict[int, int] = {}
+    for number, (_, _, name, dictionary) in enumerate(slots):
+        tensor = dictionary.get(name)
+        if tensor is not None and type(tensor) in _PLAIN and tensor.layout is torch.strided and tensor.numel():
+            found.setdefault(storage_start(tensor), number)
+    return found
 
 
 class Watch:
