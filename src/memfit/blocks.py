@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
 _MIN_REPEATS = 2
+_RECORDED_AGAIN = 4
+"""How many recordings of new arguments one counts for whose arguments were known."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +44,11 @@ class Block:
     hooks: list[Any] = field(default_factory=list)
     recordings_in_a_row: int = 0
     unsteady: int = 0
+
+    def forget(self, signature: Any) -> None:
+        """A call was not what its recording says: the next one is recorded again."""
+        self.entries.pop(signature, None)
+        self.recordings_in_a_row += _RECORDED_AGAIN - 1
 
 
 def find_blocks(model: torch.nn.Module, wanted: list[str] | None = None) -> list[tuple[str, torch.nn.Module]]:

@@ -352,10 +352,9 @@ class Runtime:
                 self.mismatches += 1
                 block.unsteady += 1
                 self.note(f"differs {block.name}", f"`{block.name}` was recorded again: {difference}")
-                block.entries.pop(call.signature, None)
+                block.forget(call.signature)
                 call.keep_all()
                 return
-            block.recordings_in_a_row = 0
         entry.calls += 1
         if entry.record_after:
             entry.record_after -= 1
@@ -371,8 +370,11 @@ class Runtime:
             wrong = verify(call, frame) if self.has_room(call.index) else ""
             if wrong:
                 self.note(f"demoted {state.key} {wrong}", f"`{block.name}`: {wrong}")
+                block.forget(call.signature)  # what it computes may have changed
                 call.keep_all()
                 return
+        if not call.fresh:
+            block.recordings_in_a_row = 0
         call.apply(frame, hashed=hashed)
 
     def _checks_graph(self, entry: Entry) -> bool:
