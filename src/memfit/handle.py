@@ -74,7 +74,7 @@ class Handle:
         self._programs: dict[str, tuple[int, ProgramProfile]] = {}
         self._plans: dict[tuple[tuple[str, str], ...], Fitted] = {}
         self._active: Fitted | None = None
-        self._unplanned = False
+        self._unplanned = self._last_was_unplanned = False
         self._profiler: Profiler | None = None
         self._pending: tuple[Profiler, list[tuple[str, str]]] | None = None
         self._removed = False
@@ -202,8 +202,6 @@ class Handle:
             self._peak_open = True
         self._planned_step = bool(self._plans) or self._measures_only
 
-    _last_was_unplanned = False
-
     def _finish_step(self) -> None:
         """What the step that ended has shown."""
         if not self.runtime.calls and not self._measures_only:
@@ -261,6 +259,9 @@ class Handle:
     def _fit_sequence(self, profiler: Profiler, sequence: tuple[tuple[str, str], ...]) -> None:
         reading = profiler.reading
         states = self.runtime.states
+        if any(key and key not in states for _, key in sequence):
+            self._plans.pop(sequence, None)  # made for programs that have been forgotten
+            return
         programs = {key: self._profile(states[key]) for _, key in sequence if key in states}
         resident = self._training.gradient_bytes()
         if not self._plans:

@@ -36,7 +36,10 @@ VERIFIED_CALLS = 3
 GRAPH_CHECKED_CALLS = 8
 GRAPH_CHECK_PERIOD = 16
 MAX_PROGRAMS_PER_BLOCK = 48
-MAX_RECORDINGS_IN_A_ROW = 8
+UNSTEADY = "its program changes from call to call"
+MAX_PROGRAMS = 512
+"""Of a model; beyond it those that no block remembers are forgotten."""
+MAX_RECORDINGS_IN_A_ROW = 32
 
 
 class Runtime:
@@ -253,6 +256,9 @@ class Runtime:
         if len(block.entries) >= MAX_PROGRAMS_PER_BLOCK:
             block.entries.pop(next(iter(block.entries)))
         block.entries[signature] = entry
+        if len(self.states) > MAX_PROGRAMS:
+            used = {e.state.key for b in self.blocks for e in b.entries.values()}
+            self.states = {key: state for key, state in self.states.items() if key in used}
 
     # Recording
 
@@ -294,7 +300,7 @@ class Runtime:
         elif program.data_dependent:
             why = f"depends on data: {program.data_dependent}"
         elif block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
-            why = "its program changes from call to call"
+            why = UNSTEADY
         if why:
             self._not_replayable(call, program, why)
             return
@@ -314,7 +320,7 @@ class Runtime:
         """Rule 13: descend, then fall back, else leave it plain."""
         block = call.block
         safe = not program.writes and not program.python_random and not program.foreign
-        children = replayable_children(block.module)
+        children = replayable_children(block.module) if why != UNSTEADY else []  # theirs would change too
         position = self.blocks.index(block)
         if children:
             block.mode, block.reason = "descent", why
