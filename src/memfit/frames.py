@@ -126,7 +126,7 @@ class Frame:
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle: as kept, widened, or brought back by its recipe."""
-        with self.lock:
+        with self.lock, torch._C._DisableTorchDispatch():
             if not self.touched:
                 self.touched = True
                 if self.listener is not None:
