@@ -27,6 +27,7 @@ class ProgramState:
         self._compiled: dict[tuple[Policy | None, int], CompiledPolicy] = {}
         self.checks = _checks(program)
         self.held: frozenset[int] = frozenset()
+        self._freed: set[int] = set()
 
     def compile(self, policy: Policy | None) -> CompiledPolicy:
         """The policy (``None``: keep everything) with demoted values kept."""
@@ -50,6 +51,14 @@ class ProgramState:
         """Keep a value from now on: replayed, it was not the same."""
         self.demoted.add(node)
         self.version += 1
+
+    def saw_held(self, alive: set[int], *, freed: set[int]) -> None:
+        """Nodes whose storages outlived being dropped, and nodes whose did not: held is what every call saw alive."""
+        self._freed |= freed
+        held = (self.held | alive) - self._freed
+        if held != self.held:
+            self.held = frozenset(held)
+            self.version += 1
 
     def demoter(self, runtime: Runtime, block: str) -> Callable[[int, float], None]:
         """For frames that see a difference of a few ulp."""

@@ -20,6 +20,7 @@ from memfit.signature import numeric_flags, set_numeric_flags
 
 if TYPE_CHECKING:
     from memfit.fallback import ReplayOfModule
+    from memfit.holders import Holders
 
 Cell = tuple[int, torch.Tensor, int]
 """A leaf of a recipe: node, tensor, and the version that it must still have."""
@@ -96,6 +97,7 @@ class Frame:
         "demote",
         "flags",
         "hashes",
+        "holders",
         "listener",
         "lock",
         "parameters",
@@ -119,6 +121,7 @@ class Frame:
         self.parameters: dict[int, tuple[torch.Tensor, int, int]] = {}
         self.samples: dict[int, tuple[torch.Tensor, int]] = {}
         self.hashes: dict[int, torch.Tensor] | None = None
+        self.holders: Holders | None = None
         self.flags: tuple[Any, ...] = ()
         self.same_flags = True
         self.listener: Callable[[], None] | None = None
@@ -131,6 +134,9 @@ class Frame:
                 self.touched = True
                 if self.listener is not None:
                     self.listener()
+                if self.holders is not None:
+                    self.holders.look()
+                    self.holders = None
             if handle.tensor is not None:
                 return self._kept(handle)
             task = torch._C._current_graph_task_id()

@@ -173,7 +173,8 @@ class Handle:
     def _profile(self, state: ProgramState) -> ProgramProfile:
         known = self._programs.get(state.key)
         if known is None or known[0] != state.version:
-            known = (state.version, profile_program(state.program, state.held | frozenset(state.demoted)))
+            known = (state.version, profile_program(state.program, held=state.held, demoted=state.demoted))
+            self._programs = {key: p for key, p in self._programs.items() if key in self.runtime.states}
             self._programs[state.key] = known
         return known[1]
 

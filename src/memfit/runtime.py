@@ -23,6 +23,7 @@ from memfit.calls import Call
 from memfit.entries import Entry, ProgramState
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
+from memfit.holders import Holders
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
@@ -367,6 +368,8 @@ class Runtime:
             entry.record_again = entry.record_after == 0
         frame = call.frame()
         frame.demote = state.demoter(self, block.name)
+        if compiled.dropped and entry.calls <= VERIFIED_CALLS:
+            frame.holders = Holders(state, compiled, call.handles)
         hashed = self._hash_due(state.key, call)
         if not call.fresh and entry.verified < VERIFIED_CALLS - 1:
             # NOTE [Verified without room]: comparing values needs both at once. Where the budget has no room for that,
