@@ -86,10 +86,11 @@ class Call:
 
     # The hooks around the forward
 
-    def open(self, pack: Callable[[torch.Tensor], Handle], random: Any) -> None:
-        """Push the saved-tensor hooks (and the recorder)."""
-        if random is not None:
-            self.rng = {device: generator_of(device).get_state() for device in random.devices}
+    def open(self, pack: Callable[[torch.Tensor], Handle], *, random: bool = False) -> None:
+        """Push the saved-tensor hooks (and the recorder); with ``random``, take the states of all generators."""
+        if random:
+            devices = dict.fromkeys([torch.device("cpu"), *(t.device for t in self.tensors)])
+            self.rng = {device: generator_of(device).get_state() for device in devices}
         if self.compiled is not None and self.compiled.snapshots:
             self.states = {}
             if self.compiled.snapshots[0] == 0:

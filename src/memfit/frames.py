@@ -220,6 +220,7 @@ class Frame:
         sample = self.samples.get(index)
         if sample is not None and not canary.same(value, sample[0], sample[1]):
             self._differs(index, canary.distance(value, sample[0], sample[1]))
+            return
         if self.hashes is not None:
             expected = self.hashes.get(index)
             if expected is not None and not canary.same_hash(value, expected):

@@ -20,6 +20,7 @@ import torch
 from memfit import graph
 from memfit.blocks import Block, replayable_children
 from memfit.calls import Call
+from memfit.canary import Turns
 from memfit.entries import Entry, ProgramState
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
@@ -63,11 +64,12 @@ class Runtime:
         self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
         self.active = True
         self.generation = 0
+        self.steps = 0  # begun so far
         self.notes: dict[str, str] = {}
         self.recorded = 0
         self.record_seconds = 0.0
         self.mismatches = 0
-        self._hash_turn: dict[str, int] = {}
+        self._turns = Turns()
         self._local = threading.local()
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
@@ -138,6 +140,7 @@ class Runtime:
         self.backward_seen = False
         self._first_frame = None
         self.generation += 1
+        self.steps += 1
 
     def backward_entered(self, index: int) -> None:
         """The backward has reached block call ``index``."""
@@ -185,7 +188,7 @@ class Runtime:
         call.signature = signature
         if block.mode == "fallback":
             call.compiled = None
-            call.open(park(call), _RandomStates(tensors))
+            call.open(park(call), random=True)
         elif entry is None or entry.record_again:
             self._start_recording(call)
         else:
@@ -193,9 +196,9 @@ class Runtime:
             policy = self.choose(entry.state, call.index, block.name)
             call.compiled = entry.state.compile(policy)
             if call.compiled.snapshots:
-                call.open(park_and_snapshot(call), None)
+                call.open(park_and_snapshot(call))
             else:
-                call.open(park(call), None)
+                call.open(park(call))
         stack.append(call)
 
     def after(self, block: Block, output: Any) -> None:
@@ -276,7 +279,7 @@ class Runtime:
         recorder = Recorder(leaves, owner=call.owner)
         call.recorder = recorder
         call.started = time.perf_counter()
-        call.open(park(call), _RandomStates(call.tensors))
+        call.open(park(call), random=True)
 
     def _finish_recording(self, call: Call, output: Any) -> None:
         started = time.perf_counter()
@@ -370,7 +373,7 @@ class Runtime:
         frame.demote = state.demoter(self, block.name)
         if compiled.dropped and entry.calls <= VERIFIED_CALLS:
             frame.holders = Holders(state, compiled, call.handles)
-        hashed = self._hash_due(state.key, call)
+        hashed = self._turns.due(state.key, self.steps)
         if not call.fresh and entry.verified < VERIFIED_CALLS - 1:
             # NOTE [Verified without room]: comparing values needs both at once. Where the budget has no room for that,
             # all bits are hashed now and compared when the backward asks for them.
@@ -389,21 +392,3 @@ class Runtime:
     def _checks_graph(self, entry: Entry) -> bool:
         """Always while a program is young, then now and then (walking a graph takes tens of microseconds)."""
         return entry.calls < GRAPH_CHECKED_CALLS or entry.calls % GRAPH_CHECK_PERIOD == 0
-
-    def _hash_due(self, key: str, call: Call) -> bool:
-        """One call per program and step, in turn."""
-        turn = self._hash_turn
-        if turn.get("generation") != self.generation:
-            turn.clear()
-            turn["generation"] = self.generation
-        seen = turn.get(key, 0)
-        turn[key] = seen + 1
-        members = max(1, call.entry.state.members if call.entry is not None else 1)
-        return seen == self.generation % members
-
-
-class _RandomStates:
-    """Which generators a block may draw from."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self.devices = list(dict.fromkeys([torch.device("cpu"), *(t.device for t in tensors)]))
