@@ -175,7 +175,7 @@ class Watch:
         """Take the snapshot of ``module`` and its submodules."""
         self._module = module
         self._copies: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._nested: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._nested: list[tuple[Any, Any]] = []  # dictionaries and lists among the attributes, and their copies
         self._configs: list[tuple[dict[str, Any], dict[str, Any]]] = []
         seen: set[int] = set()
         for child in module.modules():
@@ -197,8 +197,8 @@ class Watch:
                         self._configs.append((inner, dict(inner)))
                 elif isinstance(value, (dict, list)) and value is not attributes and id(value) not in seen:
                     seen.add(id(value))
-                    if isinstance(value, dict) and not any(value is n for n, _ in self._nested):
-                        self._nested.append((value, dict(value)))
+                    if not any(value is n for n, _ in self._nested):
+                        self._nested.append((value, value.copy()))
         self._trainable = list(module.parameters())
         self.trainable = tuple(p.requires_grad for p in self._trainable)
 
