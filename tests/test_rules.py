@@ -346,6 +346,38 @@ def test_rule_04_canary() -> None:
     matters(scenario, no_canary, refusal=True)
 
 
+def test_rule_04_step_again() -> None:
+    """After the error, the same step again is right: the blocks are recorded anew."""
+
+    def errors(*switches: Switch) -> list[int]:
+        torch.manual_seed(0)
+        model, plain = Stack(Hidden).eval(), Stack(Hidden).eval()
+        plain.load_state_dict(model.state_dict())
+        found = []
+        with pytest.MonkeyPatch.context() as patch, memfit.fit(model, policy="full"):
+            for switch in switches:
+                switch(patch)
+            for i in range(LATE + 4):
+                BOX["scale"] = 1.0 if i < LATE else 1.7
+                model.zero_grad(), plain.zero_grad()
+                try:
+                    model(data(i).requires_grad_()).backward()
+                except memfit.RecomputeError:
+                    found.append(i)
+                    continue
+                plain(data(i).requires_grad_()).backward()
+                ours, theirs = (copies((n, p.grad) for n, p in m.named_parameters()) for m in (model, plain))
+                assert not differences(ours, theirs)
+        return found
+
+    def off(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(ProgramState, "distrust", lambda self: None)
+
+    # The first block and the others run two programs; the last block's error comes first.
+    assert errors() == [LATE, LATE + 1]
+    assert errors(off) == [LATE, LATE + 1, LATE + 2, LATE + 3]
+
+
 class OneElement(Block):
     """One element of many is hidden state."""
 
@@ -711,11 +743,11 @@ class Configured(Hidden):
         super().__init__()
         self.gate_scale = 1.0
         self.config = types.SimpleNamespace(scale=1.0)
-        self.scaling = {"default": 1.0}
+        self.scaling, self.scales = {"default": 1.0}, [1.0]
         self.gate = nn.Sigmoid()
 
     def factor(self, x: Tensor) -> Tensor:
-        scale = self.gate_scale * self.config.scale * self.scaling["default"]
+        scale = self.gate_scale * self.config.scale * self.scaling["default"] * self.scales[0]
         return self.gate(x * scale + (0.0 if self.training else 1.0))
 
 
@@ -723,6 +755,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "attribute": lambda block: setattr(block, "gate_scale", 1.7),
     "configuration": lambda block: setattr(block.config, "scale", 1.7),
     "dict": lambda block: block.scaling.update(default=1.7),
+    "list": lambda block: block.scales.__setitem__(0, 1.7),
     "submodule": lambda block: setattr(block, "gate", nn.Tanh()),
     "patched forward": lambda block: setattr(block.gate, "forward", torch.tanh),
     "hook": lambda block: block.gate.register_forward_hook(lambda module, args, output: output * 0.5),

@@ -24,6 +24,7 @@ class ProgramState:
         self.members = 0
         self.demoted: set[int] = set()
         self.version = 0
+        self.epoch = 0  # recordings made in an earlier one are not believed
         self._compiled: dict[tuple[Policy | None, int], CompiledPolicy] = {}
         self.checks = _checks(program)
         self.held: frozenset[int] = frozenset()
@@ -60,6 +61,10 @@ class ProgramState:
             self.held = frozenset(held)
             self.version += 1
 
+    def distrust(self) -> None:
+        """A recipe was wrong: whoever runs this program is recorded again."""
+        self.epoch += 1
+
     def demoter(self, runtime: Runtime, block: str) -> Callable[[int, float], None]:
         """For frames that see a difference of a few ulp."""
 
@@ -90,11 +95,12 @@ class ProgramState:
 class Entry:
     """One signature of one block: which program it runs, and how far it is trusted."""
 
-    __slots__ = ("calls", "record_after", "record_again", "recordings", "state", "verified")
+    __slots__ = ("calls", "epoch", "record_after", "record_again", "recordings", "state", "verified")
 
     def __init__(self, state: ProgramState) -> None:
         """Nothing verified yet."""
         self.state = state
+        self.epoch = state.epoch
         self.calls = 0
         self.verified = 0
         self.recordings = 0

@@ -95,6 +95,7 @@ class Frame:
         "block",
         "compiled",
         "demote",
+        "distrust",
         "flags",
         "hashes",
         "holders",
@@ -126,6 +127,7 @@ class Frame:
         self.same_flags = True
         self.listener: Callable[[], None] | None = None
         self.demote: Callable[[int, float], None] | None = None
+        self.distrust: Callable[[], None] | None = None
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle: as kept, widened, or brought back by its recipe."""
@@ -233,13 +235,15 @@ class Frame:
         if ulp <= canary.FEW_ULP and self.demote is not None:
             self.demote(value.node, ulp)
             return
+        if self.distrust is not None:
+            self.distrust()
         raise RecomputeError(
             self.block,
             f"saved tensor {index} {list(value.size)}",
             recipe or "the block's input",
             "The recomputed value is not what the forward saved: something outside the block's arguments, parameters "
-            "and attributes changed what it computes. Step again without Memfit for this block, or make the change "
-            "visible as an argument or attribute.",
+            "and attributes changed what it computes. Drop this step's gradients and step again: the block is recorded "
+            "anew. If that comes back, exclude the block with `blocks=`, or make the change an argument or attribute.",
         )
 
 

@@ -189,7 +189,7 @@ class Runtime:
         if block.mode == "fallback":
             call.compiled = None
             call.open(park(call), random=True)
-        elif entry is None or entry.record_again:
+        elif entry is None or entry.record_again or entry.epoch != entry.state.epoch:
             self._start_recording(call)
         else:
             call.entry = entry
@@ -371,6 +371,7 @@ class Runtime:
             entry.record_again = entry.record_after == 0
         frame = call.frame()
         frame.demote = state.demoter(self, block.name)
+        frame.distrust = state.distrust
         if compiled.dropped and entry.calls <= VERIFIED_CALLS:
             frame.holders = Holders(state, compiled, call.handles)
         hashed = self._turns.due(state.key, self.steps)
