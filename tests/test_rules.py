@@ -848,11 +848,11 @@ def test_rule_10_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "MAX_RECORDINGS_IN_A_ROW", 10**9)
 
     def programs() -> tuple[int, int, int]:
-        with lengths(Stack(), range(2, 16)) as handle:
+        with lengths(Stack(), range(2, 9)) as handle:
             held = handle.runtime
             return max(len(block.entries) for block in held.blocks), len(held.states), len(handle._programs)
 
-    assert programs() == (14, 28, 28), "of each length, one program for the first block and one for the others"
+    assert programs() == (7, 14, 14), "of each length, one program for the first block and one for the others"
     monkeypatch.setattr(runtime, "MAX_PROGRAMS_PER_BLOCK", 3)
     monkeypatch.setattr(runtime, "MAX_PROGRAMS", 8)
     entries, states, profiles = programs()
