@@ -16,6 +16,7 @@ from memfit.frames import Cell, Frame, Handle, Kept, unpack
 from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
 from memfit.replay import CompiledPolicy, generator_of
+from memfit.storages import covers
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
 _top = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+SMALL_BUFFER_BYTES = 16 * 2**10
+"""Buffers up to this size are copied into the frame: distributed training broadcasts them, and no version tells."""
 
 
 class Call:
@@ -82,9 +87,9 @@ class Call:
     # The hooks around the forward
 
     def open(self, pack: Callable[[torch.Tensor], Handle], *, random: bool = False) -> None:
-        """Push the saved-tensor hooks (and the recorder); ``random``: take the generators' states first."""
+        """Push the saved-tensor hooks (and the recorder); with ``random``, take the states of all generators."""
         if random:
-            devices = {torch.device("cpu"), *(t.device for t in self.tensors)}
+            devices = dict.fromkeys([torch.device("cpu"), *(t.device for t in self.tensors)])
             self.rng = {device: generator_of(device).get_state() for device in devices}
         if self.compiled is not None and self.compiled.snapshots:
             self.states = {}
@@ -191,6 +196,9 @@ class Call:
             for number in compiled.parameter_nodes:
                 tensor = self.leaf(number)
                 if tensor is not None:
+                    leaf = compiled.program.nodes[number].leaf
+                    if leaf is not None and leaf.kind == "buffer" and _is_small(tensor):
+                        tensor = tensor.detach().clone()
                     frame.parameters[number] = (tensor, tensor.data_ptr(), tensor._version)
         return frame
 
@@ -327,3 +335,8 @@ class Call:
         self.kept_frame = None
         self.compiled = None
         self.recorder = None
+
+
+def _is_small(buffer: torch.Tensor) -> bool:
+    """Whether a buffer is copied into the frame: small, and a copy has its geometry."""
+    return buffer.nbytes <= SMALL_BUFFER_BYTES and buffer.is_contiguous() and covers(buffer)

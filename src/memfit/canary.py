@@ -182,6 +182,26 @@ def _small(value: torch.Tensor) -> bool:
     return value.numel() * value.element_size() <= SMALL_BYTES
 
 
+class Turns:
+    """Whose bits are hashed: one call per program and step, in turn."""
+
+    __slots__ = ("_before", "_now", "_step")
+
+    def __init__(self) -> None:
+        """Nothing has been called yet."""
+        self._step = -1
+        self._now: dict[str, int] = {}
+        self._before: dict[str, int] = {}
+
+    def due(self, program: str, step: int) -> bool:
+        """Whether this call is the one; to be asked once per call."""
+        if step != self._step:
+            self._step, self._before, self._now = step, self._now, {}
+        place = self._now.get(program, 0)
+        self._now[program] = place + 1
+        return place == step % self._before.get(program, 1)
+
+
 def meta(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What a recomputed tensor must share with the saved one."""
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

@@ -25,10 +25,12 @@ class ProgramState:
         self.members = 0
         self.demoted: set[int] = set()
         self.version = 0
+        self.epoch = 0  # recordings made in an earlier one are not believed
         self._compiled: dict[tuple[Policy | None, int], CompiledPolicy] = {}
         self.checks = Checks(program)
         self.saved_leaves = saved_leaves(program)
         self.held: frozenset[int] = frozenset()
+        self._freed: set[int] = set()
 
     def compile(self, policy: Policy | None) -> CompiledPolicy:
         """The policy (``None``: keep everything) with demoted values kept."""
@@ -52,6 +54,18 @@ class ProgramState:
         """Keep a value from now on: replayed, it was not the same."""
         self.demoted.add(node)
         self.version += 1
+
+    def saw_held(self, alive: set[int], *, freed: set[int]) -> None:
+        """Nodes whose storages outlived being dropped, and nodes whose did not: held is what every call saw alive."""
+        self._freed |= freed
+        held = (self.held | alive) - self._freed
+        if held != self.held:
+            self.held = frozenset(held)
+            self.version += 1
+
+    def distrust(self) -> None:
+        """A recipe was wrong: whoever runs this program is recorded again."""
+        self.epoch += 1
 
     def demoter(self, runtime: Runtime, block: str) -> Callable[[int, float], None]:
         """For frames that see a difference of a few ulp."""
@@ -83,11 +97,12 @@ class ProgramState:
 class Entry:
     """One signature of one block: which program it runs, and how far it is trusted."""
 
-    __slots__ = ("calls", "record_after", "record_again", "recordings", "state", "verified")
+    __slots__ = ("calls", "epoch", "record_after", "record_again", "recordings", "state", "verified")
 
     def __init__(self, state: ProgramState) -> None:
         """Nothing verified yet."""
         self.state = state
+        self.epoch = state.epoch
         self.calls = 0
         self.verified = 0
         self.recordings = 0

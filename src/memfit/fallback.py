@@ -60,7 +60,7 @@ class ReplayOfModule:
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle."""
-        with self.lock:
+        with self.lock, torch._C._DisableTorchDispatch():
             if not self.touched:
                 self.touched = True
                 if self.listener is not None:

@@ -21,6 +21,7 @@ from memfit.signature import numeric_flags, set_numeric_flags
 
 if TYPE_CHECKING:
     from memfit.fallback import ReplayOfModule
+    from memfit.holders import Holders
 
 Cell = tuple[int, torch.Tensor, int]
 """A leaf of a recipe: node, tensor, and the version that it must still have."""
@@ -98,8 +99,10 @@ class Frame:
         "block",
         "compiled",
         "demote",
+        "distrust",
         "flags",
         "hashes",
+        "holders",
         "listener",
         "lock",
         "parameters",
@@ -123,18 +126,29 @@ class Frame:
         self.parameters: dict[int, tuple[torch.Tensor, int, int]] = {}
         self.samples: canary.Samples | None = None
         self.hashes: dict[int, torch.Tensor] | None = None
+        self.holders: Holders | None = None
         self.flags: tuple[Any, ...] = ()
         self.same_flags = True
         self.listener: Callable[[], None] | None = None
         self.demote: Callable[[int, float], None] | None = None
+        self.distrust: Callable[[], None] | None = None
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle: as kept, widened, or brought back by its recipe."""
+        if torch._C._len_torch_dispatch_stack():
+            with torch._C._DisableTorchDispatch():  # what Memfit does is nobody's business
+                return self._unpack(handle)
+        return self._unpack(handle)
+
+    def _unpack(self, handle: Handle) -> torch.Tensor:
         with self.lock:
             if not self.touched:
                 self.touched = True
                 if self.listener is not None:
                     self.listener()
+                if self.holders is not None:
+                    self.holders.look()
+                    self.holders = None
             if handle.tensor is not None:
                 return self._kept(handle)
             task = torch._C._current_graph_task_id()
@@ -223,6 +237,7 @@ class Frame:
             ulp = self.samples.differs(index, value)
             if ulp is not None:
                 self._differs(index, ulp)
+                return
         if self.hashes is not None:
             expected = self.hashes.get(index)
             if expected is not None and not canary.same_bits(value, expected):
@@ -235,13 +250,15 @@ class Frame:
         if ulp <= canary.FEW_ULP and self.demote is not None:
             self.demote(value.node, ulp)
             return
+        if self.distrust is not None:
+            self.distrust()
         raise RecomputeError(
             self.block,
             f"saved tensor {index} {list(value.size)}",
             recipe or "the block's input",
             "The recomputed value is not what the forward saved: something outside the block's arguments, parameters "
-            "and attributes changed what it computes. Step again without Memfit for this block, or make the change "
-            "visible as an argument or attribute.",
+            "and attributes changed what it computes. Drop this step's gradients and step again: the block is recorded "
+            "anew. If that comes back, exclude the block with `blocks=`, or make the change an argument or attribute.",
         )
 
 

@@ -68,7 +68,7 @@ class Handle:
         self._programs: dict[str, tuple[int, ProgramProfile]] = {}
         self._plans: dict[tuple[tuple[str, str], ...], Fitted] = {}
         self._active: Fitted | None = None
-        self._unplanned = False
+        self._unplanned = self._last_was_unplanned = False
         self._profiler: Profiler | None = None
         self._pending: tuple[Profiler, list[tuple[str, str]]] | None = None
         self._removed = False
@@ -182,7 +182,8 @@ class Handle:
     def _profile(self, state: ProgramState) -> ProgramProfile:
         known = self._programs.get(state.key)
         if known is None or known[0] != state.version:
-            known = (state.version, profile_program(state.program, state.held | frozenset(state.demoted)))
+            known = (state.version, profile_program(state.program, held=state.held, demoted=state.demoted))
+            self._programs = {key: p for key, p in self._programs.items() if key in self.runtime.states}
             self._programs[state.key] = known
         return known[1]
 
@@ -209,8 +210,6 @@ class Handle:
             self._highest = 0
             self._peak_open = True
         self._planned_step = bool(self._plans) or self._measures_only
-
-    _last_was_unplanned = False
 
     def _finish_step(self) -> None:
         """What the step that ended has shown."""
@@ -249,6 +248,9 @@ class Handle:
     def _fit_sequence(self, profiler: Profiler, sequence: tuple[tuple[str, str], ...]) -> None:
         reading = profiler.reading
         states = self.runtime.states
+        if any(key and key not in states for _, key in sequence):
+            self._plans.pop(sequence, None)  # made for programs that have been forgotten
+            return
         programs = {key: self._profile(states[key]) for _, key in sequence if key in states}
         resident = self._training.gradient_bytes()
         if not self._plans:

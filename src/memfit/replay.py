@@ -207,6 +207,11 @@ def view_of(base: torch.Tensor, value: Value, shown: Value) -> torch.Tensor:
     return base.as_strided(value.size, value.stride, base.storage_offset() + value.offset - shown.offset)
 
 
+def writable(base: torch.Tensor, shared: bool) -> torch.Tensor:
+    """What an in-place op of a recipe may write: ``base``, or a copy where somebody else will read it."""
+    return base.clone() if shared else base
+
+
 def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept: dict[int, int]) -> Step:
     """One op as a function of an environment. Decrements the uses of what it reads, and frees at zero."""
     func = op.func._op
@@ -270,9 +275,7 @@ def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept
             base = torch.empty_strided(target.size, target.stride, dtype=target.dtype, device=device)
             written = base
         else:
-            base = env[target.node]
-            if uses[target.node] > 1 or not owned:
-                base = base.clone()
+            base = writable(env[target.node], uses[target.node] > 1 or not owned)
             written = view_of(base, target, bases[target.node])
         args, keywords = arguments(env)
         args[position] = written

@@ -20,15 +20,17 @@ import torch
 from memfit import graph
 from memfit.blocks import Block, replayable_children
 from memfit.calls import Call
+from memfit.canary import Turns
 from memfit.entries import Entry, ProgramState
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
+from memfit.holders import Holders
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
 from memfit.limits import Limits
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program
-from memfit.signature import Watch, autocast_state, describe, flatten, numeric_flags, output_tensors, parameter_slots
+from memfit.signature import Watch, call_key, flatten, numeric_flags, output_tensors, parameter_slots, storages_of
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
 from memfit.verification import verify
@@ -37,7 +39,10 @@ VERIFIED_CALLS = 3
 GRAPH_CHECKED_CALLS = 8
 GRAPH_CHECK_PERIOD = 16
 MAX_PROGRAMS_PER_BLOCK = 48
-MAX_RECORDINGS_IN_A_ROW = 8
+UNSTEADY = "its program changes from call to call"
+MAX_PROGRAMS = 512
+"""Of a model; beyond it those that no block remembers are forgotten."""
+MAX_RECORDINGS_IN_A_ROW = 32
 
 
 class Runtime:
@@ -59,11 +64,12 @@ class Runtime:
         self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
         self.active = True
         self.generation = 0
+        self.steps = 0  # begun so far
         self.notes: dict[str, str] = {}
         self.recorded = 0
         self.record_seconds = 0.0
         self.mismatches = 0
-        self._hash_turn: dict[str, int] = {}
+        self._turns = Turns()
         self._local = threading.local()
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
@@ -134,6 +140,7 @@ class Runtime:
         self.backward_seen = False
         self._first_frame = None
         self.generation += 1
+        self.steps += 1
 
     def backward_entered(self, index: int) -> None:
         """The backward has reached block call ``index``."""
@@ -145,8 +152,8 @@ class Runtime:
 
     # A block call
 
-    def before(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The pre-forward hook."""
+    def before(self, block: Block, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The pre-forward hook; ``module`` is what is called, the block's own unless it was replicated."""
         if not torch.is_grad_enabled() or not self.active or replaying.active:
             return
         stack = self._stack()
@@ -154,7 +161,11 @@ class Runtime:
             if not stack[-1].is_stale():
                 return  # inside another block: its saved tensors are that block's
             self.pop_stale()
-        why = why_aside()
+        tensors: list[torch.Tensor] = []
+        key: list[Any] = []
+        flatten(args, tensors, key)
+        flatten(kwargs, tensors, key)
+        why = why_aside(block.module, module, tensors)
         if why:
             self.note(f"aside {why}", f"stepped aside: {why}")
             return
@@ -163,16 +174,12 @@ class Runtime:
         forget_failed_passes()
         if self.backward_seen or not self.calls:
             self.begin_if_new()
-        tensors: list[torch.Tensor] = []
-        key: list[Any] = []
-        flatten(args, tensors, key)
-        flatten(kwargs, tensors, key)
         if block.watched != self.generation:
             self._watch(block)
-        device = tensors[0].device.type if tensors else "cpu"
+        flags = numeric_flags()
+        signature = call_key(key, tensors, block.module.training, block.own, flags)
         call = Call(block, len(self.calls), tensors, args, kwargs)
-        call.flags = numeric_flags()
-        signature = (tuple(key), describe(tensors), block.module.training, autocast_state(device), call.flags)
+        call.flags = flags
         call.owner = sys._getframe(2)
         self.calls.append(call)
         if self.listener is not None:
@@ -184,7 +191,7 @@ class Runtime:
         if block.mode == "fallback":
             call.compiled = None
             call.open(park(call), random=True)
-        elif entry is None or entry.record_again:
+        elif entry is None or entry.record_again or entry.epoch != entry.state.epoch:
             self._start_recording(call)
         else:
             call.entry = entry
@@ -233,6 +240,7 @@ class Runtime:
             block.watch = Watch(block.module)
             block.slots = parameter_slots(block.module)
             block.entries.clear()
+        block.own = storages_of(block.slots)
 
     def _adopt(self, block: Block, signature: Any) -> Entry | None:
         """A recording of a block that has been recorded equal to this one before (rule 10)."""
@@ -254,6 +262,9 @@ class Runtime:
         if len(block.entries) >= MAX_PROGRAMS_PER_BLOCK:
             block.entries.pop(next(iter(block.entries)))
         block.entries[signature] = entry
+        if len(self.states) > MAX_PROGRAMS:
+            used = {e.state.key for b in self.blocks for e in b.entries.values()}
+            self.states = {key: state for key, state in self.states.items() if key in used}
 
     # Recording
 
@@ -295,7 +306,7 @@ class Runtime:
         elif program.data_dependent:
             why = f"depends on data: {program.data_dependent}"
         elif block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
-            why = "its program changes from call to call"
+            why = UNSTEADY
         if why:
             self._not_replayable(call, program, why)
             return
@@ -315,7 +326,7 @@ class Runtime:
         """Rule 13: descend, then fall back, else leave it plain."""
         block = call.block
         safe = not program.writes and not program.python_random and not program.foreign
-        children = replayable_children(block.module)
+        children = replayable_children(block.module) if why != UNSTEADY else []  # theirs would change too
         position = self.blocks.index(block)
         if children:
             block.mode, block.reason = "descent", why
@@ -353,10 +364,9 @@ class Runtime:
                 self.mismatches += 1
                 block.unsteady += 1
                 self.note(f"differs {block.name}", f"`{block.name}` was recorded again: {difference}")
-                block.entries.pop(call.signature, None)
+                block.forget(call.signature)
                 call.keep_all()
                 return
-            block.recordings_in_a_row = 0
         entry.calls += 1
         if entry.record_after:
             entry.record_after -= 1
@@ -366,7 +376,10 @@ class Runtime:
             return
         frame = call.frame()
         frame.demote = state.demoter(self, block.name)
-        hashed = self._hash_due(state.key, call)
+        frame.distrust = state.distrust
+        if compiled.dropped and entry.calls <= VERIFIED_CALLS:
+            frame.holders = Holders(state, compiled, call.handles)
+        hashed = self._turns.due(state.key, self.steps)
         if not call.fresh and entry.verified < VERIFIED_CALLS - 1:
             # NOTE [Verified without room]: comparing values needs both at once. Where the budget has no room for that,
             # all bits are hashed now and compared when the backward asks for them.
@@ -375,21 +388,13 @@ class Runtime:
             wrong = verify(call, frame) if self.has_room(call.index) else ""
             if wrong:
                 self.note(f"demoted {state.key} {wrong}", f"`{block.name}`: {wrong}")
+                block.forget(call.signature)  # what it computes may have changed
                 call.keep_all()
                 return
+        if not call.fresh:
+            block.recordings_in_a_row = 0
         call.apply(frame, hashed=hashed)
 
     def _checks_graph(self, entry: Entry) -> bool:
         """Always while a program is young, then now and then (walking a graph takes tens of microseconds)."""
         return entry.calls < GRAPH_CHECKED_CALLS or entry.calls % GRAPH_CHECK_PERIOD == 0
-
-    def _hash_due(self, key: str, call: Call) -> bool:
-        """One call per program and step, in turn."""
-        turn = self._hash_turn
-        if turn.get("generation") != self.generation:
-            turn.clear()
-            turn["generation"] = self.generation
-        seen = turn.get(key, 0)
-        turn[key] = seen + 1
-        members = max(1, call.entry.state.members if call.entry is not None else 1)
-        return seen == self.generation % members

@@ -9,12 +9,13 @@ from memfit.replay import Restorer
 
 
 def verify(call: Call, frame: Frame) -> str:
-    """Compare all bits of every value that the policy drops; on a difference demote it and say so, else ""."""
+    """Compare all bits of every value that the policy drops; demote those that differ and say so, else ""."""
     compiled = call.compiled
     assert compiled is not None
     assert call.entry is not None
     leaves = call.cells()
     restorer = Restorer(compiled, frame.states)
+    differing: dict[int, float] = {}
     for index in reversed(compiled.dropped):
         found = [(n, call.widened(n, leaves[n][0])) for n in compiled.leaves[index]]
         found += [(n, frame.parameters[n][0]) for n in compiled.parameters[index]]
@@ -23,7 +24,9 @@ def verify(call: Call, frame: Frame) -> str:
         assert saved is not None
         if not same_bits(value, saved):
             node = compiled.program.saved[index].value.node
-            ulp = max_ulp(value, saved)
-            call.entry.state.demote(node)
-            return f"saved tensor {index} is kept from now on: replayed, it differs by {ulp:.3g} ulp"
-    return ""
+            differing[node] = max(differing.get(node, 0.0), max_ulp(value, saved))
+    for node in differing:
+        call.entry.state.demote(node)
+    if not differing:
+        return ""
+    return f"{len(differing)} values are kept from now on: replayed, they differ by {max(differing.values()):.3g} ulp"
