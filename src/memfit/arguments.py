@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from memfit.errors import InfeasibleBudgetError, ModelError, UsageError
+from memfit.holdings import weight_bytes
 from memfit.plans import Plan
 from memfit.training import STATE_FACTORS
 from memfit.units import format_bytes
@@ -180,7 +181,7 @@ def check_static(model: torch.nn.Module, limit: int, optimizer: object) -> None:
     Raises:
         InfeasibleBudgetError: Naming the parts.
     """
-    weights = _weight_bytes(model)
+    weights = weight_bytes(model)
     name = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
     state = int(STATE_FACTORS.get(name.lower(), 0.0) * _stepped_bytes(model, optimizer))
     if isinstance(optimizer, torch.optim.SGD):
@@ -207,17 +208,6 @@ def _stepped_bytes(model: torch.nn.Module, optimizer: Any) -> int:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         training = {key: p for key, p in training.items() if key in stepped}
     return sum(p.numel() * p.element_size() for p in training.values())
-
-
-def _weight_bytes(model: torch.nn.Module) -> int:
-    storages: dict[int, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        try:
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-        except (NotImplementedError, RuntimeError):  # sparse, or a subclass without a storage
-            storages[id(tensor)] = tensor.numel() * tensor.element_size()
-    return sum(storages.values())
 
 
 def _shown(value: Any) -> str:
