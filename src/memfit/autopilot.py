@@ -67,14 +67,19 @@ def fit(
     limit = resolve_budget(budget, device)
     if isinstance(limit, int):
         check_static(model, limit, optimizer)
+    notes: list[str] = []
     if plan is not None:
         check_plan(model, plan)
+        if plan.device.partition(":")[0] != device.type:
+            notes.append(
+                f"the plan was made on `{plan.device}`, the model is on `{device}`: its bytes and times differ"
+            )
     if every_n_layers is not None and policy is None:
         policy = "full"
     return Handle(
         model,
         budget=limit,
-        request=Request(policy=policy, every_n_layers=every_n_layers or 1, plan=plan),
+        request=Request(policy=policy, every_n_layers=every_n_layers or 1, plan=plan, notes=notes),
         blocks=names,
         optimizer=optimizer,
         device=device,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
+from memfit.errors import MemfitError
 from memfit.host import allocator
 from memfit.plans import Plan
 from memfit.profiler import Profiler
@@ -12,6 +15,23 @@ from memfit.solver.peak import simulate
 
 TRIM_SHARE = {"tcmalloc": 0.88, "jemalloc": 0.88, "glibc": 0.75}
 """Events above this share of the peak: before them freed memory is handed back. glibc hands nothing back by itself."""
+
+
+class Removable(Protocol):
+    """What can be taken off a model."""
+
+    def remove(self) -> None:
+        """Make the model exactly what it was."""
+
+
+@contextmanager
+def unfitted_on_error(handle: Removable) -> Iterator[None]:
+    """A deliberate error leaves nothing half-applied: the model is unfitted before the error reaches its user."""
+    try:
+        yield
+    except MemfitError:
+        handle.remove()
+        raise
 
 
 class Fitted:

@@ -19,12 +19,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from memfit import host
 from memfit.blocks import find_blocks
 from memfit.clock import StepClock
+from memfit.compiled import split_compiled
 from memfit.costs import profile_program
 from memfit.entries import ProgramState
 from memfit.errors import InfeasibleBudgetError, ModelError
 from memfit.exhaustion import Exhaustion, ExhaustionHook
 from memfit.fingerprints import fingerprint
-from memfit.fitted import Fitted
+from memfit.fitted import Fitted, unfitted_on_error
 from memfit.hooks import ModelHook, OptimizerHook
 from memfit.memory import Meter, allocator, meter
 from memfit.modes import Modes
@@ -36,7 +37,7 @@ from memfit.request import Request
 from memfit.runtime import Runtime
 from memfit.solver.frontier import block_options
 from memfit.solver.planner import solve
-from memfit.summaries import block_rows, describe, unplanned_row
+from memfit.summaries import block_rows, describe, notes_of, unplanned_row
 from memfit.training import TrainingState
 
 MAX_SEQUENCES = 64
@@ -92,7 +93,9 @@ class Handle:
         self._measures_only = budget is None and not request.decides
         found = find_blocks(model, blocks)
         self._block_names = [name for name, _ in found]
-        self.runtime = Runtime(model, [] if self._measures_only else found)
+        hooked, compiled = split_compiled(model, found)
+        self.runtime = Runtime(model, [] if self._measures_only else hooked)
+        self.runtime.blocks += compiled
         self.runtime.choose = self._choose
         self.runtime.has_room = self._has_room
         self.runtime.step_began = self._step_began
@@ -166,7 +169,8 @@ class Handle:
                     self.runtime.trim_after, self.runtime.trim_before = other.trims
                     return policy
         self._unplanned = True
-        return self._request.first(self._profile(state), name)
+        with unfitted_on_error(self):
+            return self._request.first(self._profile(state), name)
 
     def _has_room(self, index: int) -> bool:
         """Whether a block call's values may be held twice while they are verified."""
@@ -187,7 +191,8 @@ class Handle:
     def _step_began(self) -> None:
         """The first block call after a backward (or at all) is about to run."""
         self._finish_step()
-        self._settle_plan()
+        with unfitted_on_error(self):
+            self._settle_plan()
         self._unplanned = False
         self._active = None
         self._clock.tick()
@@ -308,7 +313,6 @@ class Handle:
         except InfeasibleBudgetError as error:
             smallest = error.minimum - self._slack
             if smallest > budget:
-                self.remove()
                 advice = self.exhaustion.advice_below(profile, budget) or error.advice
                 raise InfeasibleBudgetError(budget, smallest, error.event, advice) from None
             self._slack = budget - smallest
@@ -376,7 +380,9 @@ class Handle:
             "recomputed_bytes": recomputed if self._last_calls else None,
             "context_bytes": self._meter.outside() if self._device.type == "cuda" else None,
             "steps": self._steps,
-            "notes": [*self._modes.notes, *self.runtime.notes.values(), *filter(None, [self.exhaustion.story])],
+            "notes": notes_of(
+                self.runtime, [*self._modes.notes, *self._request.notes, self.exhaustion.story], self._steps
+            ),
             "blocks": blocks,
         }
 

@@ -55,7 +55,7 @@ class Runtime:
         self.trim_after: frozenset[int] = frozenset()  # the forward of these block calls
         self.trim_before: frozenset[int] = frozenset()  # the backward of these
         self.backward_seen = False
-        self._begun = False
+        self.begun = False
         self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
         self.active = True
         self.generation = 0
@@ -122,14 +122,14 @@ class Runtime:
                 return
             self.pop_stale()
             self.backward_seen = True  # the interrupted step is over
-        if self._begun and not self.calls:
+        if self.begun and not self.calls:
             return
         if self.calls and not self.backward_seen:
             first = self._first_frame
             if first is None or first() is not None:
                 return  # several forwards before one backward
         self.step_began()
-        self._begun = True
+        self.begun = True
         self.calls = []
         self.backward_seen = False
         self._first_frame = None
