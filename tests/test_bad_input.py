@@ -8,6 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +27,11 @@ import memfit
 from faults import WIDTH, Block, Stack, data
 from gradients import assert_bitwise_equal, copies, seed
 from memfit.blocks import find_blocks
+from memfit.cli import main
+from memfit.plans import Policy
+from memfit.units import format_bytes
 from test_lifecycle import portrait, process_portrait
+from zoo import call, gpt2_model, language
 
 
 def gradients(model: nn.Module, i: int, *, rows: int = 6) -> dict[str, Tensor | None]:
@@ -281,3 +296,523 @@ def test_one_module_is_chosen() -> None:
     model = Stack()
     handle = trains_right(model, blocks=model.blocks[1])
     assert [block["name"] for block in handle.summary()["blocks"]] == ["blocks.1"]
+
+
+# Compiled models -----------------------------------------------------------------------------------------------------
+
+
+def compiled_model(how: str) -> nn.Module:
+    """A stack that is compiled, or a part of it, in one of the ways that there are."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Stack()
+    if how == "wrapped":
+        return torch.compile(model, backend="eager")
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    elif how == "blocks":
+        for block in model.blocks:
+            block.compile(backend="eager")
+    elif how == "wrapped blocks":
+        model.blocks = nn.ModuleList(torch.compile(block, backend="eager") for block in model.blocks)
+    elif how == "one block":
+        model.blocks[1].compile(backend="eager")
+    elif how == "a part":
+        model.blocks[1].down.compile(backend="eager")
+    return model
+
+
+# Dynamo looks at tensors in ways that torch warns of.
+compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("how", "num_plain"),
+    [
+        ("wrapped", 3),
+        ("in place", 3),
+        ("forward", 3),
+        ("blocks", 3),
+        ("wrapped blocks", 3),
+        ("one block", 1),
+        ("a part", 1),
+    ],
+)
+def test_what_is_compiled_is_left_alone_and_said(how: str, num_plain: int) -> None:
+    """Blocks that are compiled are plain, with the reason; the others are planned; gradients are those without Memfit."""
+    plain, model = compiled_model(how), compiled_model(how)
+    with memfit.fit(model, budget="min") as handle:
+        for i in range(3):
+            assert_bitwise_equal(gradients(model, i), gradients(plain, i))
+    rows = handle.summary()["blocks"]
+    assert len(rows) == 3
+    assert [row["mode"] for row in rows].count("plain") == num_plain
+    assert all("compiled by torch.compile" in row["reason"] for row in rows if row["mode"] == "plain")
+    assert all(row["saved_bytes"] is None for row in rows if row["mode"] == "plain")
+    which = "every block" if num_plain == 3 else "1 of 3 blocks"
+    assert f"stepped aside: {which} is compiled" in handle.report()
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    torch._dynamo.reset()
+
+
+@compiles
+@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
+def test_what_is_compiled_after_fit_is_said(how: str) -> None:
+    """Compiling takes the hooks' place: nothing is planned any more, and the report does not keep silent."""
+    torch._dynamo.reset()
+    model = Stack()
+    with memfit.fit(model, budget="min") as handle:
+        called: Any = model
+        if how == "wrapped":
+            called = torch.compile(model, backend="eager")
+        else:
+            for module in [model] if how == "in place" else model.blocks:
+                module.compile(backend="eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for i in range(3):
+            called(data(i)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert "compiled after `fit`" in handle.report()
+    torch._dynamo.reset()
+
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+
+def hooks_of(model: nn.Module) -> Any:
+    return {name: part["hooks"] for name, part in portrait(model).items() if name != "state"}
+
+
+def stack_plan(**options: Any) -> tuple[Stack, memfit.Plan]:
+    torch.manual_seed(0)
+    model = Stack()
+    return model, memfit.plan(model, data(0), **({"policy": "full"} | options))
+
+
+def test_a_saved_plan_is_applied(tmp_path: Path) -> None:
+    model, plan = stack_plan()
+    plan.save(tmp_path / "plan.json")
+    loaded = memfit.Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    expected = [gradients(model, i) for i in range(3)]
+    with memfit.apply(model, loaded) as handle:
+        for i in range(3):
+            assert_bitwise_equal(gradients(model, i), expected[i])
+    assert handle.summary()["recomputed_bytes"] == plan.recomputed_bytes > 0
+    assert handle.summary()["notes"] == []
+
+
+@pytest.mark.parametrize("rows", [[12, 12, 12], [6, 12, 6, 12], [12, 6, 6]])
+def test_a_plan_for_another_batch_shape_is_safe_and_said(rows: list[int]) -> None:
+    """What the plan does not know runs the smallest policy; what it knows runs the plan."""
+    model, plan = stack_plan()
+    expected = [gradients(model, i, rows=n) for i, n in enumerate(rows)]
+    with memfit.apply(model, plan) as handle:
+        for i, n in enumerate(rows):
+            assert_bitwise_equal(gradients(model, i, rows=n), expected[i])
+    (note,) = handle.summary()["notes"]
+    assert "the plan does not know what `blocks.0` ran" in note
+    assert "another batch shape" in note
+    assert "`memfit.plan`" in note
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda policy: replace(policy, kept=(5000,)),
+        lambda policy: replace(policy, kept=tuple(range(8))),
+        lambda policy: replace(policy, kept=()),
+        lambda policy: replace(policy, narrowed=(0,), kept=()),
+    ],
+    ids=["nodes that are not there", "nodes that cannot be kept", "nothing", "narrowed"],
+)
+def test_a_plan_that_no_block_can_run_is_safe_and_said(change: Callable[[Policy], Policy]) -> None:
+    """A file may say anything about this very model."""
+    model, plan = stack_plan()
+    plan = replace(plan, policies=tuple(change(policy) for policy in plan.policies))
+    expected = [gradients(model, i) for i in range(3)]
+    with memfit.apply(model, memfit.Plan.from_json(plan.to_json())) as handle:
+        for i in range(3):
+            assert_bitwise_equal(gradients(model, i), expected[i])
+    assert "the plan does not know" in handle.report()
+
+
+def test_a_plan_from_another_kind_of_device_is_said() -> None:
+    model, plan = stack_plan()
+    with memfit.apply(model, replace(plan, device="cuda:0")) as handle:
+        gradients(model, 0)
+    assert "the plan was made on `cuda:0`, the model is on `cpu`" in handle.report()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m.double(), lambda m: m.bfloat16(), lambda m: m.blocks.requires_grad_(False) and m],
+    ids=["float64", "bfloat16", "frozen"],
+)
+def test_a_plan_for_another_dtype_is_refused(change: Callable[[nn.Module], nn.Module]) -> None:
+    """Names, shapes, dtypes and what trains are part of what a plan is for."""
+    model, plan = stack_plan()
+    change(model)
+    before = portrait(model)
+    with pytest.raises(memfit.PlanError, match=r"The plan is for Stack .* the model is Stack .*`memfit.plan`"):
+        memfit.apply(model, plan)
+    assert portrait(model) == before
+
+
+@pytest.mark.parametrize("policy", [lambda profile: None, lambda profile: Policy(program=profile.key, kept=(5000,))])
+def test_a_policy_function_that_returns_no_policy(policy: Any) -> None:
+    """Named in the first step; the model is unfitted then, and trains."""
+    torch.manual_seed(0)
+    model = Stack()
+    before = hooks_of(model)
+    memfit.fit(model, policy=policy)
+    with pytest.raises(memfit.MemfitError, match=r"`policy` returned .* for `blocks.0`.*memfit.plans.Policy"):
+        model(data(0))
+    assert hooks_of(model) == before
+    trains_right(model)
+
+
+def test_an_infeasible_budget_names_what_is_held() -> None:
+    """Where nothing that a plan decides is over the budget, the parts are named."""
+    torch.manual_seed(0)
+    model = Stack()
+    before, process = hooks_of(model), process_portrait()
+    memfit.fit(model, budget="20 MiB")
+    gradients(model, 0)
+    with pytest.raises(memfit.InfeasibleBudgetError, match=r"Before any activation .* weights .* the process itself"):
+        model(data(1))
+    assert hooks_of(model) == before
+    assert process_portrait() == process
+    trains_right(model)
+
+
+# Exceptions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_failed_backward_is_no_profile(error: type[BaseException], block: int) -> None:
+    """A first step whose backward ends early is not planned from: half of its events are missing."""
+    torch.manual_seed(0)
+    model = Stack()
+    expected = [gradients(model, i) for i in range(3)]
+    armed = True
+
+    def strike(gradient: Tensor) -> None:
+        if armed:
+            raise error("stop")
+
+    def arm(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(strike)
+
+    model.blocks[block].up.register_forward_hook(arm)
+    with memfit.fit(model, budget="min") as handle:
+        with pytest.raises(error):
+            model(data(0)).backward()
+        armed = False
+        assert_bitwise_equal(gradients(model, 0), expected[0])
+        assert handle.plan is None
+        assert_bitwise_equal(gradients(model, 1), expected[1])
+        assert handle.plan is not None
+        assert [c.name for c in handle.plan.calls] == ["blocks.0", "blocks.1", "blocks.2"]
+        assert_bitwise_equal(gradients(model, 2), expected[2])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("first", [True, False])
+def test_use_cache_is_back_after_an_exception(error: type[BaseException], first: bool) -> None:
+    """Also after Ctrl-C, which no hook of a module sees: at the latest when the model is called again."""
+    model = gpt2_model().train()
+    assert model.config.use_cache
+    armed = False
+
+    def strike(module: nn.Module, args: Any) -> None:
+        if armed:
+            raise error("stop")
+
+    model.transformer.h[1].mlp.register_forward_pre_hook(strike)
+    with memfit.fit(model, budget="min") as handle:
+        if not first:
+            call(model, language(0)).loss.backward()
+        armed = True
+        with pytest.raises(error):
+            call(model, language(1))
+        armed = False
+        model.eval()
+        with torch.no_grad():
+            assert call(model, language(1)).past_key_values is not None
+        assert model.config.use_cache
+        model.train()
+        for i in range(3):
+            call(model, language(i)).loss.backward()
+        assert handle.plan is not None
+    assert model.config.use_cache
+
+
+# Out of memory -------------------------------------------------------------------------------------------------------
+
+
+def explode(*_: Any) -> Tensor:
+    """The allocator's own error."""
+    return torch.empty(2**60, dtype=torch.uint8)
+
+
+class Explosive(torch.autograd.Function):
+    """The allocator's own error, on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return explode()
+
+
+def told(error: BaseException) -> str:
+    """The note on an error; there is one."""
+    (note,) = [note for note in getattr(error, "__notes__", []) if note.startswith("Memfit: memory ran out")]
+    assert "\n" not in note
+    return note
+
+
+@contextlib.contextmanager
+def runs_out(model: nn.Module, where: str) -> Any:
+    """Memory runs out there, in a model that is in its first step."""
+    handles = []
+    if where == "norm":
+        handles.append(model.blocks[1].norm.register_forward_pre_hook(explode))
+    elif where == "head":
+        handles.append(model.head.register_forward_pre_hook(explode))
+    elif where == "backward":
+        handles.append(model.blocks[1].register_forward_hook(lambda m, a, o: Explosive.apply(o)))
+    elif where == "loss backward":
+        handles.append(model.register_forward_hook(lambda m, a, o: Explosive.apply(o)))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("where", "parts"),
+    [
+        ("norm", ["in the forward of `blocks.1` (in its `norm`), block call 2 of 3"]),
+        ("head", ["in the forward in `head`, after block call 3 of 3", "compute it in chunks"]),
+        ("backward", ["in the backward of `blocks.2`, 1 of 3 block calls on the way back"]),
+        ("loss backward", ["in the backward of the loss, after 3 block calls forward and none back", "in chunks"]),
+    ],
+)
+def test_running_out_of_memory_in_the_first_step_is_explained(where: str, parts: list[str]) -> None:
+    """How far it got, what was held and what helps: on the error, whose type stays, and in the report."""
+    torch.manual_seed(0)
+    model = Stack()
+    expected = [gradients(model, i, rows=3) for i in range(3)]
+    process = process_portrait()
+    handle = memfit.fit(model, budget="min")
+    with runs_out(model, where), pytest.raises(RuntimeError, match="can't allocate memory") as caught:
+        model(data(0)).backward()
+    note = told(caught.value)
+    for part in [
+        "in the first training step",
+        *parts,
+        "weights 50.8 KiB",
+        "gradients ",
+        "optimizer state 0 B",
+        "saved by blocks ",
+        "another `budget` changes nothing",
+        "A smaller batch",
+    ]:
+        assert part in note
+    assert note.removeprefix("Memfit: ") in handle.report()
+    assert handle.plan is None
+    json.dumps(handle.summary(), allow_nan=False)
+    for i in range(3):
+        assert_bitwise_equal(gradients(model, i, rows=3), expected[i])
+    assert len(handle.plan.calls) == 3
+    assert note.removeprefix("Memfit: ") in handle.report()
+    handle.remove()
+    assert process_portrait() == process
+
+
+def test_what_was_saved_so_far_is_counted() -> None:
+    """Two of three blocks hold what their plan keeps."""
+    model = Stack()
+    handle = memfit.fit(model, policy="selective")
+    with runs_out(model, "head"), pytest.raises(RuntimeError) as caught:
+        model(data(0))
+    whole = sum(row["saved_bytes"] for row in memfit_rows(Stack(), policy="selective"))
+    assert f"saved by blocks {format_bytes(whole)}" in told(caught.value)
+    assert '`budget="min"` keeps less' in told(caught.value)
+    handle.remove()
+
+
+def memfit_rows(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    with memfit.fit(model, **options) as handle:
+        for i in range(2):
+            gradients(model, i)
+        rows: list[dict[str, Any]] = handle.summary()["blocks"]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({}, "Memfit only measures here: a `budget`"),
+        ({"policy": "selective"}, '`budget="min"` keeps less'),
+        ({"every_n_layers": 2}, '`budget="min"` keeps less'),
+        ({"policy": "full"}, "another `budget` changes nothing"),
+        ({"budget": "100GiB"}, "another `budget` changes nothing"),
+    ],
+    ids=str,
+)
+def test_advice_depends_on_what_was_asked_for(options: dict[str, Any], part: str) -> None:
+    model = Stack()
+    with memfit.fit(model, **options), runs_out(model, "norm"):
+        with pytest.raises(RuntimeError) as caught:
+            model(data(0))
+    assert part in told(caught.value)
+
+
+def test_later_steps_are_explained_too() -> None:
+    model = Stack()
+    with memfit.fit(model, budget="100GiB") as handle:
+        for i in range(3):
+            gradients(model, i)
+        with runs_out(model, "norm"), pytest.raises(RuntimeError) as caught:
+            model(data(0))
+        assert "in a training step, in the forward of `blocks.1` (in its `norm`)" in told(caught.value)
+        assert "lower it" in told(caught.value)
+        gradients(model, 1)
+        assert "memory ran out" in handle.report()
+
+
+def test_running_out_behind_the_model_is_explained_where_it_is_seen() -> None:
+    """A loss of the training loop passes no hook: the end of the `with` statement does."""
+    model = Stack()
+    with pytest.raises(RuntimeError) as caught, memfit.fit(model, budget="min"):
+        loss = model(data(0))
+        explode()
+    assert "after the forward (3 of 3 block calls) and before the backward" in told(caught.value)
+    del loss
+    with pytest.raises(RuntimeError) as caught, memfit.fit(model, budget="min"):
+        model(data(0)).backward()
+        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer.register_step_pre_hook(explode)
+        optimizer.step()
+    assert "in the optimizer's step" in told(caught.value)
+    assert "SGD or Adafactor" in told(caught.value)
+
+
+@pytest.mark.parametrize("error", [ValueError("stop"), RuntimeError("shape"), KeyboardInterrupt()], ids=repr)
+def test_other_errors_get_no_note(error: BaseException) -> None:
+    model = Stack()
+
+    def strike(*_: Any) -> None:
+        raise error
+
+    hook = model.blocks[1].register_forward_pre_hook(strike)
+    with pytest.raises(type(error)) as caught, memfit.fit(model, budget="min"):
+        model(data(0)).backward()
+    hook.remove()
+    assert not getattr(caught.value, "__notes__", [])
+
+
+def test_backward_is_watched_in_profiled_steps_only() -> None:
+    """And by nobody once the handle is gone."""
+    backward = torch.autograd.backward
+    model = Stack()
+    handle = memfit.fit(model, budget="min")
+    gradients(model, 0)
+    assert torch.autograd.backward is not backward
+    gradients(model, 1)
+    assert torch.autograd.backward is backward
+    handle.remove()
+    handle = memfit.fit(model, budget="min")
+    gradients(model, 0)
+    del handle, model
+    import gc
+
+    gc.collect()
+    gradients(Stack(), 0)
+    assert torch.autograd.backward is backward
+
+
+LIMITED = """
+    import gc, resource, sys, traceback
+    import torch
+    import memfit
+    sys.path[:0] = {path!r}
+    from torch import nn
+    torch.set_num_threads(1)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(256, 1024), nn.Linear(1024, 256)
+
+        def forward(self, x):
+            return x + self.down(nn.functional.gelu(self.up(x)))
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(*[Block() for _ in range(6)], nn.Linear(256, {classes}))
+
+    def step(model, rows, i):
+        x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(i))
+        logits = model(x)
+        loss = logits.square().mean() if logits.shape[1] == 1 else logits.logsumexp(1).mean()
+        loss.backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        return found
+
+    plain = build()
+    expected = [step(plain, 16, i) for i in range(3)]
+    model = build()
+    handle = memfit.fit(model, budget="min")
+    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + {room} * 2**20, -1))
+    try:
+        step(model, {rows}, 0)
+        print("no error")
+    except RuntimeError as error:
+        traceback.print_exception(error)
+    gc.collect()
+    print(handle.report())
+    for i in range(3):
+        assert all(map(torch.equal, step(model, 16, i), expected[i]))
+    assert len(handle.plan.calls) == 6
+    handle.remove()
+    print("trained on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "room", "place"),
+    [
+        (60_000, 1, 600, "in the forward of `0`"),
+        (14_000, 1, 400, "in the forward of `"),
+        (16, 400_000, 300, ""),
+    ],
+)
+def test_running_out_of_address_space(rows: int, classes: int, room: int, place: str) -> None:
+    """A batch that is too large for the process's limit, for real; a smaller one trains on, bit by bit."""
+    code = textwrap.dedent(LIMITED.format(path=[], rows=rows, classes=classes, room=room))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+
+
+# The command line ----------------------------------------------------------------------------------------------------

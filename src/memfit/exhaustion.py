@@ -97,6 +97,7 @@ class Exhaustion:
         """An exception leaves a backward while the step is profiled."""
         if is_exhaustion(error) and self._runtime.calls:
             self._explain(error, self._place_in_backward())
+            self._runtime.backward_seen = True  # also where it came to no block
 
     def passing(self, error: BaseException | None) -> None:
         """An exception leaves the region in which the model is fitted."""
@@ -189,6 +190,8 @@ class Exhaustion:
             advice.append('This step keeps what was asked for: `budget="min"` keeps less.')
         elif self._first_step:
             advice.append("The first step runs the smallest plan already: another `budget` changes nothing in it.")
+        elif self._budget == "min":
+            advice.append("The plan is the smallest already.")
         else:
             advice.append("The budget is more than this machine gives the process: lower it.")
         if "optimizer" in place:
