@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from memfit.holdings import Holdings, weight_bytes
+from memfit.host import memory_ran_out
 from memfit.memory import Meter
 from memfit.profiler import CallReading, Profiler
 from memfit.profiles import ProgramProfile, StepProfile
@@ -28,15 +29,7 @@ from memfit.summaries import bytes_of, describe
 from memfit.training import TrainingState
 from memfit.units import format_bytes
 
-_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
 _SIGN = "Memfit: memory ran out "
-
-
-def is_exhaustion(error: BaseException | None) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
 class Exhaustion:
@@ -86,7 +79,7 @@ class Exhaustion:
 
     def forward_failed(self, error: BaseException) -> None:
         """An exception leaves the model's forward."""
-        if not is_exhaustion(error):
+        if not memory_ran_out(error):
             return
         for call in self._runtime.calls:
             call.settle()
@@ -95,13 +88,13 @@ class Exhaustion:
 
     def backward_failed(self, error: BaseException) -> None:
         """An exception leaves a backward while the step is profiled."""
-        if is_exhaustion(error) and self._runtime.calls:
+        if memory_ran_out(error) and self._runtime.calls:
             self._explain(error, self._place_in_backward())
             self._runtime.backward_seen = True  # also where it came to no block
 
     def passing(self, error: BaseException | None) -> None:
         """An exception leaves the region in which the model is fitted."""
-        if error is not None and is_exhaustion(error) and not _is_explained(error):
+        if error is not None and memory_ran_out(error) and not _is_explained(error):
             self._explain(error, self._place_outside())
 
     def advice_below(self, profile: StepProfile, budget: int) -> str | None:
