@@ -23,7 +23,9 @@ from torch import Tensor, nn
 import memfit
 from faults import WIDTH, Block, Stack, data
 from gradients import assert_bitwise_equal, copies, seed
+from memfit import plans
 from memfit.blocks import find_blocks
+from memfit.cli import main
 from memfit.plans import Policy
 from memfit.units import format_bytes
 from test_lifecycle import portrait, process_portrait
@@ -825,3 +827,170 @@ def test_running_out_of_address_space(rows: int, places: list[str]) -> None:
 
 
 # The command line ----------------------------------------------------------------------------------------------------
+
+
+def status_of(arguments: list[str]) -> int:
+    """The exit status of a command line that runs in this process."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["doctor", "now"], ["`memfit doctor` does not know `now`", "`memfit doctor --help`"]),
+        (["doctor", "--fast"], ["`memfit doctor` does not know `--fast`"]),
+        (["plan"], ["FILE.py:FUNCTION", "`memfit plan --help`"]),
+        (["plan", "train.py:build", "--every-n-layers", "two"], ["'two'", "--every-n-layers"]),
+        (["plan", "train.py:build", "--policy", "half"], ["'half'", "'full', 'selective'"]),
+        (["plan", "train.py:build", "--budget", "inf"], ["`inf`", "`6GiB`"]),
+        (["plan", "train.py:build", "--budget", "-3GiB"], ["--budget"]),
+        (["plan", "train.py:build", "--optimizer", "adamx"], ["`optimizer=adamx`", "adamw"]),
+        (["run", "--budget"], ["--budget", "`memfit run --help`"]),
+        (["run", "--bogus", "--", "train.py"], ["does not know `--bogus`", "`--`"]),
+        (["run", "train.py", "--epochs", "3"], ["does not know `--epochs 3`", "arguments of the script"]),
+        (["run", "--budget", "0%", "--", "train.py"], ["`0%`", "above `0%`"]),
+        (["run", "--report", ".", "--", "train.py"], ["is a folder"]),
+        (["run", "--plan", "text.json", "--", "train.py"], ["text.json", "not JSON", "`memfit plan`"]),
+        (["run", "--plan", "deep.json", "--", "train.py"], ["deep.json", "nested more than"]),
+        (["run", "--plan", "large.json", "--", "train.py"], ["large.json", "more than 9.77 KiB"]),
+        (["run", "--plan", "version.json", "--", "train.py"], ["version.json", "schema version 9", "reads version 1"]),
+        (["run", "--plan", "field.json", "--", "train.py"], ["field.json", "The plan has the unknown field `hello`"]),
+        (["run", "--plan", "field.json", "--budget", "1GiB", "--", "train.py"], ["--budget", "not allowed with"]),
+    ],
+    ids=" ".join,
+)
+def test_the_command_line_says_it_in_one_line(
+    arguments: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Status 2, one line on stderr, nothing on stdout, no traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(plans, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.delitem(sys.modules, "train", raising=False)
+    fields = json.loads(memfit.Plan(**EMPTY).to_json())
+    Path("train.py").write_text(SCRIPT)
+    Path("text.json").write_text("plan")
+    Path("deep.json").write_text("[" * 1000)
+    Path("large.json").write_text(" " * 10_001)
+    Path("version.json").write_text(json.dumps(fields | {"schema_version": 9}))
+    Path("field.json").write_text(json.dumps(fields | {"hello": 1}))
+    assert status_of(arguments) == 2
+    monkeypatch.delitem(sys.modules, "train", raising=False)
+    output, error = capsys.readouterr()
+    lines = [line for line in error.splitlines() if line != "memfit: planning one training step"]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("memfit: ")
+    for part in parts:
+        assert part in lines[0]
+    assert output == ""
+
+
+def test_ctrl_c_while_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "stopped.py").write_text("def build():\n    raise KeyboardInterrupt\n")
+    assert main(["plan", f"{tmp_path}/stopped.py:build"]) == 130
+    assert capsys.readouterr().err == "memfit: interrupted\n"
+    monkeypatch.delitem(sys.modules, "stopped")
+
+
+def shell(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`memfit` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "memfit", *arguments],
+        cwd=folder,
+        env={**os.environ, "MEMFIT_ALLOCATOR": "system", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+EMPTY: dict[str, Any] = {
+    "model": "Encoder",
+    "fingerprint": "9f3a",
+    "device": "cpu",
+    "budget_bytes": None,
+    "predicted_peak_bytes": 1,
+    "plain_peak_bytes": 1,
+    "recompute_seconds": 0.0,
+    "saved_bytes": 0,
+    "recomputed_bytes": 0,
+    "peak_event": "loss",
+    "policies": (),
+    "calls": (),
+}
+
+SCRIPT = """
+import os, signal, sys
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+def build():
+    return Model(), torch.randn(8, 32), lambda output, batch: output.square().mean()
+
+if __name__ == "__main__":
+    model, batch, loss = build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for i in range(4):
+        value = loss(model(batch), batch)
+        if i == 0 and "loss" in sys.argv:
+            torch.empty(2**60)
+        value.backward()
+        if i == 2 and "interrupt" in sys.argv:
+            model.layers[1].down.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+def test_run_refuses_a_plan_for_another_model(tmp_path: Path) -> None:
+    """With both names, before anything is trained."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    memfit.Plan(**EMPTY).save(tmp_path / "plan.json")
+    done = shell(tmp_path, "run", "--plan", "plan.json", "--", "train.py")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("memfit: The plan is for Encoder (9f3a), the model is Model (")
+
+
+def test_run_explains_what_ran_out_of_memory(tmp_path: Path) -> None:
+    """The script's own status and traceback, with the explanation below it and in the report."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = shell(tmp_path, "run", "--budget", "min", "--report", "report.json", "--", "train.py", "loss")
+    assert done.returncode == 1
+    note = done.stderr.splitlines()[-1]
+    assert note.startswith("Memfit: memory ran out in the first training step, after the forward (4 of 4 block calls)")
+    assert note.removeprefix("Memfit: ") in json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert "memfit/" not in done.stderr.partition("Traceback")[2].partition("RuntimeError")[0]
+
+
+def test_ctrl_c_in_a_training_script(tmp_path: Path) -> None:
+    """In the middle of a planned forward: the script's traceback, its signal, and the report."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = shell(tmp_path, "run", "--budget", "min", "--report", "report.json", "--", "train.py", "interrupt")
+    assert done.returncode == -2
+    assert done.stderr.splitlines()[-1].strip() == "KeyboardInterrupt"
+    assert done.stderr.startswith("peak ")
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 3

@@ -234,7 +234,7 @@ class ExhaustionHook:
         self._exhaustion = exhaustion
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any = None) -> None:
-        if output is not None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or output is not None:
             return
         error = sys.exc_info()[1]
         if error is not None and self._exhaustion is not None:
