@@ -675,6 +675,35 @@ def test_advice_depends_on_what_was_asked_for(options: dict[str, Any], part: str
     assert part in told(caught.value)
 
 
+def test_whoever_halves_the_batch_still_does() -> None:
+    """Accelerate, and so Hugging Face's trainer, tells running out of memory by type and message."""
+    from accelerate.utils import find_executable_batch_size
+
+    torch.manual_seed(0)
+    model = Stack()
+    expected = gradients(model, 0, rows=4)
+    tried: list[int] = []
+
+    def strike(module: nn.Module, args: Any) -> None:
+        if len(args[0]) > 4:
+            explode()
+
+    model.blocks[1].norm.register_forward_pre_hook(strike)
+
+    @find_executable_batch_size(starting_batch_size=16)
+    def loop(rows: int) -> None:
+        tried.append(rows)
+        for _ in range(3):
+            assert_bitwise_equal(gradients(model, 0, rows=rows), expected)
+
+    with memfit.fit(model, budget="min") as handle:
+        loop()
+        assert tried[-1] == 4
+        assert tried == sorted(tried, reverse=True)
+        assert len(handle.plan.calls) == 3
+    assert "block call 2 of 3" in handle.report()
+
+
 def test_later_steps_are_explained_too() -> None:
     model = Stack()
     with memfit.fit(model, budget="100GiB") as handle:

@@ -83,14 +83,20 @@ class Exhaustion:
             return
         for call in self._runtime.calls:
             call.settle()
-        self._runtime.backward_seen = True  # the step is over, even if its caller keeps the error and all it holds
+        self._over()
         self._explain(error, self._place_in_forward(error.__traceback__))
 
     def backward_failed(self, error: BaseException) -> None:
         """An exception leaves a backward while the step is profiled."""
         if memory_ran_out(error) and self._runtime.calls:
             self._explain(error, self._place_in_backward())
-            self._runtime.backward_seen = True  # also where it came to no block
+            self._over()
+
+    def _over(self) -> None:
+        """The step has ended, even if its caller keeps the error and all it holds; smaller shapes will be tried."""
+        self._runtime.backward_seen = True
+        for block in self._runtime.blocks:
+            block.recordings_in_a_row = 0
 
     def passing(self, error: BaseException | None) -> None:
         """An exception leaves the region in which the model is fitted."""
