@@ -61,7 +61,8 @@ def find_blocks(model: torch.nn.Module, wanted: list[str] | None = None) -> list
 
     Returns:
         ``(qualified name, module)`` of each block. Hugging Face's ``GradientCheckpointingLayer`` are blocks; so are
-        children of containers, and of modules with numbered children, whose class appears at least twice.
+        children of containers, and of modules with numbered children, whose class appears at least twice. Layers of
+        ``torch.nn`` and norms are none.
 
     Raises:
         ModelError: Nothing is repeated, or ``wanted`` names nothing.
@@ -121,12 +122,20 @@ def _repeated(model: torch.nn.Module, covered: list[str]) -> list[tuple[str, tor
 
 
 def _is_candidate(parent: torch.nn.Module, child: torch.nn.Module) -> bool:
-    """A module with children, a recurrent layer, or a sequence in a list of sequences."""
+    """A module with children, a recurrent layer, a sequence in a list of sequences, or a user's own layer in a list."""
     if isinstance(child, torch.nn.Sequential):
         return isinstance(parent, _CONTAINERS) and len(child) > 1
     if isinstance(child, _CONTAINERS):
         return False
-    return any(True for _ in child.children()) or isinstance(child, (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN))
+    if any(True for _ in child.children()) or isinstance(child, (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)):
+        return True
+    return isinstance(parent, (torch.nn.ModuleList, torch.nn.Sequential)) and _is_own_layer(child)
+
+
+def _is_own_layer(module: torch.nn.Module) -> bool:
+    """A class that is not torch's and holds its matrices itself: a block of einsums. Norms have no matrix."""
+    torchs = any(b.__module__.startswith("torch.nn.") and b is not torch.nn.Module for b in type(module).__mro__)
+    return not torchs and any(p.ndim > 1 for p in module.parameters(recurse=False))
 
 
 def _members(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

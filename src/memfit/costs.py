@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+import torch
+
 from memfit.profiles import Node, NodeKind, OpCost, ProgramProfile
 from memfit.programs import Program, ProgramNode
 from memfit.timeline import backward_timeline
@@ -96,3 +98,13 @@ def _is_whole(program: Program, index: int) -> bool:
     """Whether every saved tensor on the node shows all of it in one geometry: a narrow copy can stand for it."""
     node = program.nodes[index]
     return all(s.value == node.value for s in program.saved if s.value.node == index)
+
+
+def start_events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+    """Two events around an op on CUDA, the first recorded; elsewhere a clock does."""
+    if device.type != "cuda":
+        return None
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    return start, end

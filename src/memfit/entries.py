@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from memfit.checks import Checks
 from memfit.errors import MemfitError
 from memfit.plans import Policy
-from memfit.programs import Program
+from memfit.programs import Program, ProgramNode
 from memfit.replay import CompiledPolicy, compile_policy
 
 if TYPE_CHECKING:
@@ -47,8 +47,10 @@ class ProgramState:
         return found
 
     def keep_everything(self) -> Policy:
-        """Save what autograd saves."""
-        return Policy(program=self.key, kept=tuple(sorted({s.value.node for s in self.program.saved})))
+        """Save what autograd saves; parameters are there anyway."""
+        nodes = self.program.nodes
+        saved = {s.value.node for s in self.program.saved}
+        return Policy(program=self.key, kept=tuple(sorted(n for n in saved if not _is_parameter(nodes[n]))))
 
     def demote(self, node: int) -> None:
         """Keep a value from now on: replayed, it was not the same."""
@@ -115,3 +117,7 @@ def saved_leaves(program: Program) -> tuple[tuple[int, int, int], ...]:
     numbers = sorted({saved.value.node for saved in program.saved if saved.is_leaf})
     nodes = [(number, program.nodes[number]) for number in numbers]
     return tuple((n, node.storage, node.value.offset * node.value.dtype.itemsize) for n, node in nodes)
+
+
+def _is_parameter(node: ProgramNode) -> bool:
+    return node.leaf is not None and node.leaf.kind != "input"

@@ -28,5 +28,6 @@ def check_plan(model: torch.nn.Module, plan: Plan) -> None:
     if plan.fingerprint != mine:
         raise PlanError(
             f"The plan is for {plan.model} ({plan.fingerprint}), the model is {type(model).__name__} ({mine}): names, "
-            "shapes or dtypes of parameters differ. Make a plan for this model with `memfit.plan`."
+            "shapes or dtypes of parameters differ, or which of them train. Make a plan for this model with "
+            "`memfit.plan`."
         )

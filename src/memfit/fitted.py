@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from memfit.errors import MemfitError
 from memfit.limits import limits
 from memfit.plans import Plan
 from memfit.profiler import Profiler
 from memfit.profiles import StepProfile
 from memfit.solver.peak import simulate
+
+
+class Removable(Protocol):
+    """What can be taken off a model."""
+
+    def remove(self) -> None:
+        """Make the model exactly what it was."""
+
+
+@contextmanager
+def unfitted_on_error(handle: Removable) -> Iterator[None]:
+    """A deliberate error leaves nothing half-applied: the model is unfitted before the error reaches its user."""
+    try:
+        yield
+    except MemfitError:
+        handle.remove()
+        raise
 
 
 class Fitted:

@@ -9,7 +9,6 @@ is profiled like step one.
 
 from __future__ import annotations
 
-import time
 import weakref
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,11 +17,14 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from memfit.blocks import find_blocks
+from memfit.clock import StepClock
+from memfit.compiled import split_compiled
 from memfit.costs import profile_program
 from memfit.entries import ProgramState
 from memfit.errors import InfeasibleBudgetError, ModelError
+from memfit.exhaustion import Exhaustion, ExhaustionHook
 from memfit.fingerprints import fingerprint
-from memfit.fitted import Fitted
+from memfit.fitted import Fitted, unfitted_on_error
 from memfit.hooks import ModelHook, OptimizerHook
 from memfit.limits import Limits
 from memfit.memory import Meter, meter
@@ -36,7 +38,7 @@ from memfit.runtime import Runtime
 from memfit.slack import Slack
 from memfit.solver.frontier import block_options
 from memfit.solver.planner import solve
-from memfit.summaries import block_rows, describe, unplanned_row
+from memfit.summaries import block_rows, describe, notes_of, unplanned_row
 from memfit.training import TrainingState
 
 MAX_SEQUENCES = 64
@@ -77,8 +79,7 @@ class Handle:
         self._peak_open = False
         self._highest = 0
         self._slack = Slack(device.type)
-        self._clock = 0.0
-        self._seconds: list[float] = []
+        self._clock = StepClock()
         self._planned_step = False
         self._last_calls: list[dict[str, Any]] = []
         self._modes = Modes(model)
@@ -86,25 +87,32 @@ class Handle:
         self._measures_only = budget is None and not request.decides
         found = find_blocks(model, blocks)
         self._block_names = [name for name, _ in found]
-        self.runtime = Runtime(model, [] if self._measures_only else found)
+        hooked, compiled = split_compiled(model, found)
+        self.runtime = Runtime(model, [] if self._measures_only else hooked)
+        self.runtime.blocks += compiled
         self.runtime.choose = self._choose
         self.runtime.has_room = self._has_room
         if device.type == "cpu":
             self.runtime.keep_under = self._keep_under
         self.runtime.step_began = self._step_began
         request.number(self._block_names)
+        self.exhaustion = Exhaustion(
+            model, self.runtime, self._meter, self._training, self._programs, self._block_names, request, budget
+        )
         self._hooks = [
             register_optimizer_step_pre_hook(OptimizerHook(self, before=True)),
             register_optimizer_step_post_hook(OptimizerHook(self, before=False)),
             model.register_forward_pre_hook(ModelHook(self, before=True)),
             model.register_forward_hook(ModelHook(self, before=False), always_call=True),
+            model.register_forward_hook(ExhaustionHook(self.exhaustion), always_call=True),
         ]
         fitted_models[model] = weakref.ref(self)
 
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.exhaustion.passing(error)
         if not self._removed:
             self.remove()
 
@@ -158,7 +166,8 @@ class Handle:
                     self._set_limits(other.limits)
                     return policy
         self._unplanned = True
-        return self._request.first(self._profile(state), name)
+        with unfitted_on_error(self):
+            return self._request.first(self._profile(state), name)
 
     def _has_room(self, index: int) -> bool:
         """Whether a block call's values may be held twice while they are verified."""
@@ -183,7 +192,8 @@ class Handle:
         known = self._programs.get(state.key)
         if known is None or known[0] != state.version:
             known = (state.version, profile_program(state.program, held=state.held, demoted=state.demoted))
-            self._programs = {key: p for key, p in self._programs.items() if key in self.runtime.states}
+            for key in self._programs.keys() - self.runtime.states.keys():
+                del self._programs[key]
             self._programs[state.key] = known
         return known[1]
 
@@ -192,19 +202,17 @@ class Handle:
     def _step_began(self) -> None:
         """The first block call after a backward (or at all) is about to run."""
         self._finish_step()
-        self._settle_plan()
+        with unfitted_on_error(self):
+            self._settle_plan()
         self._unplanned = False
         self._active = None
-        now = time.perf_counter()
-        if self._clock:
-            self._seconds.append(now - self._clock)
-            del self._seconds[:-64]
-        self._clock = now
+        self._clock.tick()
         needed = not self._plans or self._last_was_unplanned
         if needed and not self._measures_only:
             self._profiler = Profiler(self._meter, self._training.gradient_bytes, self._training.state_bytes)
             self.runtime.listener = self._profiler
-            self._clock = 0.0
+            self.exhaustion.begin()
+            self._clock.skip()
         else:
             self._meter.reset_peak()
             self._highest = 0
@@ -213,6 +221,7 @@ class Handle:
 
     def _finish_step(self) -> None:
         """What the step that ended has shown."""
+        self.exhaustion.end()
         if not self.runtime.calls and not self._measures_only:
             return
         profiler, self._profiler = self._profiler, None
@@ -254,7 +263,8 @@ class Handle:
         programs = {key: self._profile(states[key]) for _, key in sequence if key in states}
         resident = self._training.gradient_bytes()
         if not self._plans:
-            self._warm_up(programs)
+            for program in list(programs.values())[:1]:
+                block_options(program)  # let the solver's code and workspaces grow the process before it is measured
         self._meter.release()
         now = Now(
             gradients_start=resident,
@@ -264,7 +274,7 @@ class Handle:
             gradients_end=max(resident, reading.gradients_end),
         )
         profile, indices = step_profile(
-            reading, programs, now, device=self._device, step_seconds=self._step_seconds() or 0.0
+            reading, programs, now, device=self._device, step_seconds=self._clock.median() or 0.0
         )
         if self._budget == "min":
             plan = solve(profile, budget="min", model=self._name, fingerprint=self._fingerprint)
@@ -279,16 +289,12 @@ class Handle:
         predicted = raw + (self._slack.bytes if self._budget is not None else 0)
         if isinstance(self._budget, int):
             predicted = max(raw, min(predicted, self._budget))
-        self.plan = _with_peak(plan, predicted, self._budget)
+        limit = self._budget if isinstance(self._budget, int) else None
+        self.plan = replace(plan, predicted_peak_bytes=predicted, budget_bytes=limit)
         fitted = Fitted(self.plan, raw, indices, profiler, profile, not self._training.born)
         if len(self._plans) >= MAX_SEQUENCES:
             self._plans.pop(next(iter(self._plans)))
         self._plans[sequence] = fitted
-
-    def _warm_up(self, programs: dict[str, ProgramProfile]) -> None:
-        """Let the solver's code and workspaces grow the process before it is measured."""
-        for program in list(programs.values())[:1]:
-            block_options(program)
 
     def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
         """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
@@ -297,8 +303,8 @@ class Handle:
         except InfeasibleBudgetError as error:
             smallest = error.minimum - self._slack.bytes
             if smallest > budget:
-                self.remove()
-                raise InfeasibleBudgetError(budget, smallest, error.event, error.advice) from None
+                advice = self.exhaustion.advice_below(profile, budget) or error.advice
+                raise InfeasibleBudgetError(budget, smallest, error.event, advice) from None
             self._slack.bytes = budget - smallest
             return self._solve(profile, budget, self._slack.bytes)
 
@@ -330,11 +336,8 @@ class Handle:
         elif torch.is_grad_enabled() and module.training:
             self._modes.enter()
             self.runtime.begin_if_new()
-
-    def _step_seconds(self) -> float | None:
-        if not self._seconds:
-            return None
-        return sorted(self._seconds)[len(self._seconds) // 2]
+        else:
+            self._modes.leave()  # a KeyboardInterrupt ended the last forward
 
     # Reporting
 
@@ -368,13 +371,15 @@ class Handle:
             "measured_peak_bytes": self._measured,
             "plain_peak_bytes": plain_peak,
             "peak_event": plan.peak_event if plan is not None else None,
-            "step_seconds": self._step_seconds(),
+            "step_seconds": self._clock.median(),
             "recompute_seconds": plan.recompute_seconds if plan is not None else None,
             "saved_bytes": saved if self._last_calls else None,
             "recomputed_bytes": recomputed if self._last_calls else None,
             "context_bytes": self._meter.outside() if self._device.type == "cuda" else None,
             "steps": self._steps,
-            "notes": [*self._modes.notes, *self.runtime.notes.values()],
+            "notes": notes_of(
+                self.runtime, [*self._modes.notes, *self._request.notes, self.exhaustion.story], self._steps
+            ),
             "blocks": blocks,
         }
 
@@ -386,7 +391,3 @@ class Handle:
 
 
 fitted_models: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
-
-
-def _with_peak(plan: Plan, predicted: int, budget: int | str | None) -> Plan:
-    return replace(plan, predicted_peak_bytes=predicted, budget_bytes=budget if isinstance(budget, int) else None)

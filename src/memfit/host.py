@@ -26,6 +26,16 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 62
 
 
+_RAN_OUT = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an error says that an allocator found no memory, on any device."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _RAN_OUT)
+
+
 def resident_bytes() -> int:
     """Resident set of this process, in bytes, as the kernel counts it now."""
     try:

@@ -8,6 +8,8 @@ a second time and compares bits before a recipe may use it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._ops import OpOverload
 
@@ -165,3 +167,10 @@ def _flat(values: object) -> list[object]:
     if isinstance(values, (tuple, list)):
         return [leaf for value in values for leaf in _flat(value)]
     return [values]
+
+
+def indexes_by_integers(func: OpOverload, args: tuple[Any, ...]) -> bool:
+    """``index`` is tagged as data-dependent for the sake of masks; with integers its shape is that of its arguments."""
+    if base_name(func) != "index":
+        return False
+    return all(t.dtype not in (torch.bool, torch.uint8) for t in args[1] if isinstance(t, torch.Tensor))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from memfit.errors import PlanError
+from memfit.units import format_bytes
 
 SCHEMA_VERSION = 1
 MAX_FILE_BYTES = 64 * 2**20
@@ -144,7 +145,9 @@ class Plan:
         except OSError as error:
             raise PlanError(f"Cannot read the plan `{os.fspath(path)}`: {error.strerror}.") from error
         if len(content) > MAX_FILE_BYTES:
-            raise PlanError(f"The plan `{os.fspath(path)}` has more than {MAX_FILE_BYTES} bytes, the limit. {_AGAIN}")
+            raise PlanError(
+                f"The plan `{os.fspath(path)}` has more than {format_bytes(MAX_FILE_BYTES)}, the limit. {_AGAIN}"
+            )
         try:
             return Plan.from_json(content.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -261,11 +264,15 @@ def _object(value: object, where: str, fields: str) -> dict[str, object]:
     known = set(fields.split())
     for name in value:
         if name not in known:
-            raise PlanError(f"In the plan, {where} has the unknown field `{name[:80]}`. {_AGAIN}")
+            raise PlanError(f"{_place(where)} has the unknown field `{name[:80]}`. {_AGAIN}")
     for name in fields.split():
         if name not in value:
-            raise PlanError(f"In the plan, {where} lacks the field `{name}`. {_AGAIN}")
+            raise PlanError(f"{_place(where)} lacks the field `{name}`. {_AGAIN}")
     return value
+
+
+def _place(where: str) -> str:
+    return "The plan" if where == "the plan" else f"In the plan, {where}"
 
 
 def _list(value: object, where: str, read: Callable[[object, str], _T]) -> tuple[_T, ...]:

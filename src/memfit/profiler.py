@@ -79,6 +79,7 @@ class Profiler:
         self._meter = meter
         self._gradients = gradients
         self._num_backward = 0
+        self._passes: set[int] = set()
         self.reading = Reading(start_bytes=self._settled(), start_gradients=gradients(), start_state=state())
         meter.reset_peak()
 
@@ -104,6 +105,10 @@ class Profiler:
 
     def backward_entered(self, index: int) -> None:
         """The first saved tensor of a block call was asked for."""
+        task = torch._C._current_graph_task_id()
+        if task != -1 and task not in self._passes:
+            self._passes.add(task)
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passes.discard(task))
         if index >= len(self.reading.calls) or self.reading.calls[index].backward_start is not None:
             return
         if self._num_backward == 0:
@@ -130,8 +135,8 @@ class Profiler:
 
     @property
     def complete(self) -> bool:
-        """Whether forward and backward of at least one planned call were seen."""
-        return any(c.backward_start is not None for c in self.reading.calls)
+        """Whether forward and backward of at least one planned call were seen, and every backward came to its end."""
+        return not self._passes and any(c.backward_start is not None for c in self.reading.calls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

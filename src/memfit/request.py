@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from memfit.errors import PlanError, UsageError
 from memfit.plans import Plan, Policy
 from memfit.profiles import ProgramProfile, StepProfile
 from memfit.solver.planner import make_plan
 from memfit.solver.special import full_policy, plain_policy, selective_policy
+from memfit.solver.working_set import kept_bytes, recipe_ops
 
 PolicyChoice = str | Callable[[ProgramProfile], Policy] | None
 
@@ -21,11 +23,14 @@ class Request:
         policy: A switch by name, or a function from a program's profile to its policy.
         every_n_layers: ``policy`` holds for every n-th block, the others keep everything.
         plan: A plan made before.
+        notes: What the report says of them.
     """
 
     policy: PolicyChoice = None
     every_n_layers: int = 1
     plan: Plan | None = None
+    notes: list[str] = field(default_factory=list)
+    _strangers: bool = False
     _places: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -38,11 +43,18 @@ class Request:
         self._places = {name: i for i, name in enumerate(blocks)}
 
     def first(self, profile: ProgramProfile, name: str) -> Policy:
-        """The policy of a call that no plan knows: what was asked for, else the smallest."""
+        """The policy of a call that no plan knows: what was asked for, else the smallest.
+
+        Raises:
+            UsageError: The function that was given as a policy returned something else.
+        """
         if self.plan is not None:
             for call in self.plan.calls:
                 if call.name == name and call.program == profile.key:
-                    return self.plan.policies[call.policy]
+                    policy = self.plan.policies[call.policy]
+                    if _is_possible(profile, policy):
+                        return policy
+            self._note_stranger(name)
         if self.policy is not None:
             return self._forced(profile, name)
         return full_policy(profile)
@@ -53,13 +65,42 @@ class Request:
         policies = [choose(profile.programs[call.program], call.name) for call in profile.calls]
         return make_plan(profile, policies, budget_bytes=None, model=model, fingerprint=fingerprint)
 
+    def _note_stranger(self, name: str) -> None:
+        if self._strangers:
+            return
+        self._strangers = True
+        self.notes.append(
+            f"the plan does not know what `{name}` ran here (another batch shape, autocast or torch than it was made "
+            "for): such calls recompute all they can; make a plan for them with `memfit.plan`"
+        )
+
     def _forced(self, profile: ProgramProfile, name: str) -> Policy:
         if callable(self.policy):
-            return self.policy(profile)
+            policy = self.policy(profile)
+            if not isinstance(policy, Policy) or not _is_possible(profile, policy):
+                what = "one that this block cannot run" if isinstance(policy, Policy) else type(policy).__name__
+                raise UsageError(
+                    f"The function given as `policy` returned {what} for `{name}`, not a policy. Return "
+                    "`memfit.plans.Policy(program=profile.key, kept=...)`."
+                )
+            return policy
         if self._places.get(name, 0) % self.every_n_layers:
             return plain_policy(profile)
         named = {"full": full_policy, "selective": selective_policy, "plain": plain_policy}
         return named[self.policy or "full"](profile)
+
+
+def _is_possible(profile: ProgramProfile, policy: Policy) -> bool:
+    """Whether a program can run under a policy, which may come from a file."""
+    num_nodes = len(profile.nodes)
+    if policy.program != profile.key or any(n >= num_nodes for n in (*policy.kept, *policy.narrowed)):
+        return False
+    try:
+        kept_bytes(profile, policy)
+        recipe_ops(profile, policy)
+    except PlanError:
+        return False
+    return True
 
 
 def _plain(profile: ProgramProfile, name: str) -> Policy:

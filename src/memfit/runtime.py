@@ -60,7 +60,7 @@ class Runtime:
         self.keep_under: Callable[[int], None] = lambda limit: None  # hands freed memory back where that much is held
         self.limits = Limits()
         self.backward_seen = False
-        self._begun = False
+        self.begun = False
         self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
         self.active = True
         self.generation = 0
@@ -128,14 +128,14 @@ class Runtime:
                 return
             self.pop_stale()
             self.backward_seen = True  # the interrupted step is over
-        if self._begun and not self.calls:
+        if self.begun and not self.calls:
             return
         if self.calls and not self.backward_seen:
             first = self._first_frame
             if first is None or first() is not None:
                 return  # several forwards before one backward
         self.step_began()
-        self._begun = True
+        self.begun = True
         self.calls = []
         self.backward_seen = False
         self._first_frame = None

@@ -7,7 +7,9 @@ from typing import Any
 
 from memfit.blocks import Block
 from memfit.calls import Call
+from memfit.compiled import compiled_notes
 from memfit.profiles import ProgramProfile
+from memfit.runtime import Runtime
 
 
 def block_rows(
@@ -24,9 +26,16 @@ def block_rows(
         if block.name not in called and block.mode in ("descent", "plain"):
             rows.append(
                 {"name": block.name, "mode": block.mode, "reason": block.reason, "parent": block.parent}
-                | {"saved_bytes": 0, "recomputed_bytes": 0, "offloaded_bytes": 0}
+                # A descended block's bytes are its children's; what a plain one saves nobody looks at.
+                | {"saved_bytes": 0 if block.mode == "descent" else None, "recomputed_bytes": 0, "offloaded_bytes": 0}
             )
     return rows
+
+
+def notes_of(runtime: Runtime, others: Iterable[str], steps: int) -> list[str]:
+    """What the report says in sentences: of the model, of its blocks, and of what was not seen in ``steps`` steps."""
+    compiled = compiled_notes(runtime.blocks, steps=steps, begun=runtime.begun)
+    return [*filter(None, others), *runtime.notes.values(), *compiled]
 
 
 def unplanned_row(name: str) -> dict[str, Any]:

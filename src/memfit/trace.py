@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit import ops
 from memfit.bits import same_bits
+from memfit.costs import start_events
+from memfit.host import memory_ran_out
 from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
 from memfit.readers import READERS, patch_reader, python_random_state
 from memfit.replay import generator_of
@@ -156,7 +158,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (
             torch.Tag.dynamic_output_shape in func.tags
             and not program.data_dependent
-            and not _indexes_by_integers(func, args)
+            and not ops.indexes_by_integers(func, args)
         ):
             program.data_dependent = func._schema.name
         written = ops.written(func, args, kwargs)
@@ -209,12 +211,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op.target_at = positions[0] if positions else 0
             if len(positions) != 1:
                 op.recomputable, op.reason = False, "writes an argument that it also reads"
-        verified = True
+        verified: bool | None = True
         if op.recomputable:
             verified = self._verify(op, func, args, kwargs, out, before, written, state, device, overwrites)
             if not verified:
                 op.recomputable, op.reason = False, "a second run gave other bits"
         self._nodes.new_nodes(index, op, func, results, written, hidden)
+        if verified is None:  # another recording may have room
+            for _, node in op.outputs:
+                program.nodes[node].unproven = True
         if ops.is_constant(func) and not written:
             self._constants.update({node: site for _, node in op.outputs})
         program.record_seconds += time.perf_counter() - started
@@ -266,8 +271,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         state: torch.Tensor | None,
         device: torch.device,
         overwrites: bool,
-    ) -> bool:
-        """Run the op again from what it read; see rule 2 of the design. Times it on the way."""
+    ) -> bool | None:
+        """Run the op again from what it read; see rule 2 of the design. Times it on the way. ``None``: no room."""
         again_func, again_args, again_kwargs = ops.purify(func, args, kwargs)
         op.func = again_func
         if again_func is not func or again_args is not args:
@@ -287,8 +292,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             after = generator.get_state()
             generator.set_state(state)
         started = time.perf_counter()
-        events = self._start_events(device)
-        again = again_func(*again_args, **again_kwargs)
+        events = start_events(device)
+        try:
+            again = again_func(*again_args, **again_kwargs)
+        except Exception as error:
+            if state is not None and after is not None:
+                generator_of(device).set_state(after)
+            if not memory_ran_out(error):
+                raise
+            return None
         op.seconds = time.perf_counter() - started
         if events is not None:
             events[1].record()
@@ -300,23 +312,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if target is not None:
             return same_bits(target, written[0])
         first, second = [t for _, t in _outputs(out)], [t for _, t in _outputs(again)]
-        if len(first) != len(second):
-            return False
-        if not all(same_bits(a, b) for a, b in zip(first, second, strict=True)):
+        if len(first) != len(second) or not all(same_bits(a, b) for a, b in zip(first, second, strict=True)):
             return False
         started = time.perf_counter()
         if op.seconds < 2e-4 and not op.random and device.type == "cpu" and op.target is None:
             again_func(*again_args, **again_kwargs)  # tiny ops: the second of two is less noisy
             op.seconds = min(op.seconds, time.perf_counter() - started)
         return True
-
-    def _start_events(self, device: torch.device) -> tuple[Any, Any] | None:
-        if device.type != "cuda":
-            return None
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
-        return start, end
 
     def _mark_random(self, index: int, op: ProgramOp, state: torch.Tensor, device: torch.device) -> None:
         """Find where a run can take the generator's state: at entry, or at a pack since the random op before."""
@@ -391,10 +393,3 @@ def _outputs(result: Any) -> list[tuple[int | None, torch.Tensor]]:
     if isinstance(result, (tuple, list)):
         return [(i, t) for i, t in enumerate(result) if isinstance(t, torch.Tensor)]
     return []
-
-
-def _indexes_by_integers(func: OpOverload, args: tuple[Any, ...]) -> bool:
-    """``index`` is tagged as data-dependent for the sake of masks; with integers its shape is that of its arguments."""
-    if ops.base_name(func) != "index":
-        return False
-    return all(t.dtype not in (torch.bool, torch.uint8) for t in _tensors(args[1:]))

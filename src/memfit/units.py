@@ -92,7 +92,9 @@ def parse_budget(value: str | float | SupportsIndex | Budget | None) -> Budget:
         if match and match[2] == "%":
             percent = float(match[1])
             if not 0 < percent <= 100:
-                raise BudgetError(f"Budget `{value}` is not a share of the memory: above 0% and at most 100%.", value)
+                raise BudgetError(
+                    f"Budget `{value}` is not a share of the memory: write one above `0%`, at most `100%`.", value
+                )
             return Budget(kind="percent", value=percent)
     return Budget(kind="bytes", value=_parse_bytes(value, _BUDGET_HINT))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from memfit._version import __version__
 from memfit.cli import doctor, plan, run
@@ -18,13 +19,21 @@ __all__ = ["EXIT_ERROR", "EXIT_INFEASIBLE", "EXIT_USAGE", "VERBS", "build_parser
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INFEASIBLE = 3
+EXIT_INTERRUPTED = 130
 
 VERBS = {"run": run, "plan": plan, "doctor": doctor}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where the rest stands."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"memfit: {message}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs. Each verb adds its own arguments and sets `execute`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="memfit",
         description="Fit a PyTorch training step into a byte budget: save or recompute, for every saved tensor.",
         allow_abbrev=False,
@@ -42,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         verb.add_arguments(child)
-        child.set_defaults(execute=verb.execute)
+        child.set_defaults(execute=verb.execute, parser=child)
     return parser
 
 
@@ -59,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # What follows the first `--` belongs to the script, whatever it looks like.
     cut = words.index("--") if "--" in words else len(words)
-    arguments = build_parser().parse_args(words[:cut])
+    arguments, unknown = build_parser().parse_known_args(words[:cut])
+    if unknown:
+        hint = ": arguments of the script come after it, and `--` before both" if arguments.verb == "run" else ""
+        arguments.parser.error(f"`memfit {arguments.verb}` does not know `{' '.join(unknown)}`{hint}")
     if cut < len(words):
         if arguments.verb != "run":
             return _fail(UsageError(f"`memfit {arguments.verb}` takes nothing after `--`."))
@@ -69,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = arguments.execute(arguments)
     except MemfitError as error:
         return _fail(error)
+    except KeyboardInterrupt:
+        if arguments.verb == "run":
+            raise
+        print("memfit: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         if arguments.verb == "run":
             raise

@@ -72,6 +72,10 @@ def execute(arguments: argparse.Namespace) -> int:
         if stop.code:
             raise
         failed = False
+    except BaseException as error:
+        for catch in launcher.catches:
+            catch.handle.exhaustion.passing(error)
+        raise
     finally:
         launcher.remove()
         try:
