@@ -6,10 +6,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 
+from memfit import host
 from memfit.fitted import Fitted
-from memfit.limits import Limits, limits
+from memfit.limits import Keeper, Limits, limits
+from memfit.memory import Meter
 from memfit.plans import Policy
 from memfit.profiles import Node, OpCost, ProgramProfile
 from memfit.slack import FLOOR, MAX_CORRECTIONS, ROOM_SHARE, SETTLED_STEPS, Slack
@@ -31,23 +34,19 @@ STEP = chain_step([block("a", 100, forward_bytes=120), block("b", 50, forward_by
 SIMULATION = simulate_policies(STEP, [Policy(program="a", kept=(1,)), Policy(program="b", kept=(0,))])
 
 
-def test_a_limit_leaves_room_for_what_comes_next():
-    found = limits(STEP, SIMULATION, [0, 1], 1400)
+def test_memory_grows_by_what_comes_next():
     # held at the start: 1000; after the first forward 1100, after the second 1104; before their backwards the same
-    assert found.start == 1400 - 120
-    assert found.after == {0: 1400 - 300, 1: 1400 - 200}
-    assert found.before == {1: 1400 - (1157 - 1104), 0: 1400 - 7}
+    found = limits(STEP, SIMULATION, [0, 1], 1400)
+    assert found == Limits(1400, 120, {0: 300, 1: 200}, {1: 1157 - 1104, 0: 7})
 
 
-def test_every_event_fits_from_its_limit():
-    """Whatever lies at a limit, and grows by what the events up to the next one need, stays within the budget."""
-    budget = SIMULATION.peak_bytes
-    found = limits(STEP, SIMULATION, [0, 1], budget)
-    held = {"start": 1000, 0: 1100, 1: 1104}
+def test_every_event_fits_where_its_growth_fits():
+    """Whatever is held at a moment, and grows by what it says, stays at the peak or below."""
+    found = limits(STEP, SIMULATION, [0, 1], SIMULATION.peak_bytes)
+    held = {0: 1100, 1: 1104}
     assert found.start is not None
-    assert held["start"] <= found.start
-    assert all(held[index] <= limit for index, limit in found.after.items())
-    assert all(held[index] <= limit for index, limit in found.before.items())
+    reached = [1000 + found.start, *(held[i] + g for moment in (found.after, found.before) for i, g in moment.items())]
+    assert max(reached) == SIMULATION.peak_bytes
 
 
 def test_calls_go_by_their_place_in_the_step():
@@ -58,6 +57,56 @@ def test_calls_go_by_their_place_in_the_step():
 def test_far_from_the_budget_nothing_is_handed_back():
     assert limits(STEP, SIMULATION, [0, 1], 2000) == Limits()
     assert limits(replace(STEP, events=()), replace(SIMULATION, events=(), peak_bytes=0), [0, 1], 1) == Limits()
+
+
+class Process:
+    """A meter of a process that holds ``used`` bytes, and ``free`` more that nobody uses."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, used: int, free: int) -> None:
+        self.used, self.free, self.eager = used, free, False
+
+    def now(self) -> int:
+        return self.used + self.free
+
+    def release(self) -> None:
+        self.free = 0
+
+    def release_eagerly(self, *, on: bool) -> bool:
+        self.eager = on
+        return True
+
+
+@pytest.mark.parametrize(
+    ("used", "free", "left", "eager"),
+    [
+        (700, 100, 100, False),  # 800 + 1.5 x 100 fit
+        (700, 260, 0, False),  # 960 + 100 do not; 700 + 150 do
+        (800, 80, 80, True),  # 880 + 100 fit, 150 would not
+        (880, 80, 0, True),
+    ],
+)
+def test_freed_memory_goes_back_where_the_next_event_would_not_fit(
+    used: int, free: int, left: int, eager: bool, monkeypatch: pytest.MonkeyPatch
+):
+    process = Process(used, free)
+    monkeypatch.setattr(host, "release_eagerly", process.release_eagerly)
+    keeper = Keeper(cast(Meter, process))
+    keeper.begin(Limits(1000, 0, {3: 100}, {}))
+    keeper.left(2)
+    assert process.free == free
+    keeper.left(3)
+    assert (process.free, process.eager) == (left, eager)
+    keeper.begin(Limits())
+    assert not process.eager
+
+
+def test_on_cuda_nothing_is_handed_back():
+    process = Process(900, 900)
+    process.device = torch.device("cuda:0")
+    Keeper(cast(Meter, process)).begin(Limits(1000, 500))
+    assert process.free == 900
 
 
 def fitted(raw_peak: int, *, recompute_seconds: float = 1.0) -> Fitted:

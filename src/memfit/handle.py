@@ -26,7 +26,7 @@ from memfit.exhaustion import Exhaustion, ExhaustionHook
 from memfit.fingerprints import fingerprint
 from memfit.fitted import Fitted, unfitted_on_error
 from memfit.hooks import ModelHook, OptimizerHook
-from memfit.limits import Limits
+from memfit.limits import Keeper, Limits
 from memfit.memory import Meter, meter
 from memfit.modes import Modes
 from memfit.plans import Plan, Policy
@@ -92,8 +92,7 @@ class Handle:
         self.runtime.blocks += compiled
         self.runtime.choose = self._choose
         self.runtime.has_room = self._has_room
-        if device.type == "cpu":
-            self.runtime.keep_under = self._keep_under
+        self.runtime.keeper = Keeper(self._meter)
         self.runtime.step_began = self._step_began
         request.number(self._block_names)
         self.exhaustion = Exhaustion(
@@ -130,6 +129,7 @@ class Handle:
             raise ModelError(f"Memfit was removed from this {self._name} before. Call `memfit.fit` to fit it again.")
         self._removed = True
         self._finish_step()
+        self.runtime.keeper.relax()
         self.runtime.remove()
         for hook in self._hooks:
             hook.remove()
@@ -145,7 +145,7 @@ class Handle:
     def _choose(self, state: ProgramState, index: int, name: str) -> Policy | None:
         fitted = self._active
         if index == 0:
-            self.runtime.limits = NO_LIMITS
+            self.runtime.keeper.begin(NO_LIMITS)
         if fitted is not None and not self._unplanned:
             policy = fitted.policies.get(index)
             if policy is not None and policy.program == state.key and fitted.names[index] == name:
@@ -154,7 +154,7 @@ class Handle:
                 policy = other.policies.get(index)
                 if policy is not None and policy.program == state.key and other.names.get(index) == name:
                     self._active = other
-                    self.runtime.limits = other.limits
+                    self.runtime.keeper.limits = other.limits
                     return policy
         if index == 0:
             self._active = None
@@ -163,7 +163,7 @@ class Handle:
                 if policy is not None and policy.program == state.key and other.names.get(0) == name:
                     self._active = other
                     self._unplanned = False
-                    self._set_limits(other.limits)
+                    self.runtime.keeper.begin(other.limits)
                     return policy
         self._unplanned = True
         with unfitted_on_error(self):
@@ -178,15 +178,6 @@ class Handle:
             return False
         predicted, twice = fitted.forward_bytes[index]
         return predicted + twice <= self._budget - self._slack.bytes and self._meter.now() + twice <= self._budget
-
-    def _set_limits(self, limits: Limits) -> None:
-        self.runtime.limits = limits
-        if limits.start is not None:
-            self._keep_under(limits.start)
-
-    def _keep_under(self, limit: int) -> None:
-        if self._meter.now() > limit:
-            self._meter.release()
 
     def _profile(self, state: ProgramState) -> ProgramProfile:
         known = self._programs.get(state.key)
@@ -282,8 +273,9 @@ class Handle:
             plan = self._request.plan_for(profile, model=self._name, fingerprint=self._fingerprint)
         base = self._meter.now()
         dynamic = max(0, plan.predicted_peak_bytes - base)
-        if isinstance(self._budget, int) and not self._request.decides:
+        if self._budget is not None:
             self._slack.expect(dynamic)
+        if isinstance(self._budget, int) and not self._request.decides:
             plan = self._within_budget(profile, self._budget)
         raw = plan.predicted_peak_bytes
         predicted = raw + (self._slack.bytes if self._budget is not None else 0)

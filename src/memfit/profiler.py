@@ -7,7 +7,7 @@ weights, gradients born so far, optimizer state, logits, libraries. It is measur
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import torch
 
 from memfit.memory import Meter
 from memfit.profiles import BlockCall, ProgramProfile, StepEvent, StepProfile
-from memfit.solver.working_set import kept_bytes
+from memfit.solver.working_set import kept_bytes, working_set
 
 if TYPE_CHECKING:
     from memfit.calls import Call
@@ -33,6 +33,7 @@ class CallReading:
     forward_start: int = 0
     forward_peak: int = 0
     backward_start: int | None = None
+    backward_peak: int | None = None
     gradients: int = 0
     backward_order: int = -1
 
@@ -79,6 +80,7 @@ class Profiler:
         self._meter = meter
         self._gradients = gradients
         self._num_backward = 0
+        self._last: CallReading | None = None
         self._passes: set[int] = set()
         self.reading = Reading(start_bytes=self._settled(), start_gradients=gradients(), start_state=state())
         meter.reset_peak()
@@ -111,9 +113,11 @@ class Profiler:
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passes.discard(task))
         if index >= len(self.reading.calls) or self.reading.calls[index].backward_start is not None:
             return
-        if self._num_backward == 0:
+        if self._last is None:
             self.reading.loss_peak = self._peak()
-        read = self.reading.calls[index]
+        else:
+            self._last.backward_peak = self._peak()
+        read = self._last = self.reading.calls[index]
         read.backward_order = self._num_backward
         self._num_backward += 1
         read.backward_start = self._settled()
@@ -211,6 +215,7 @@ def step_profile(
         key=lambda i: reading.calls[i].backward_order,
     )
     gone: set[int] = set()
+    unseen = _unseen(reading, programs, replayed)
     # NOTE [Scattered pages]: a CPU allocator cannot hand back a page of which anything is in use. What it holds beyond
     # the tensors grows through a profiled step, is there for later allocations, and is gone when the step is over.
     over = reading.end_bytes - reading.gradients_end + now.gradients_start + now.born_bytes - reading.start_state
@@ -241,7 +246,7 @@ def step_profile(
                     kind="backward",
                     call=place[index],
                     live_calls=live,
-                    outside_bytes=max(outside, 0),
+                    outside_bytes=max(outside, 0) + unseen.get(call.program, 0),
                 )
             )
         gone.add(index)
@@ -274,3 +279,20 @@ def step_profile(
         outside_seconds=max(0.0, step_seconds - inside),
     )
     return profile, replayed
+
+
+def _unseen(reading: Reading, programs: dict[str, ProgramProfile], replayed: Iterable[int]) -> dict[str, int]:
+    """By program, bytes by which backwards grew beyond their working sets: workspaces, and freed memory of other sizes.
+
+    The median over the calls of a program: the first backward of a process also grows it for good.
+    """
+    beyond: dict[str, list[int]] = {}
+    for index in replayed:
+        call = reading.calls[index]
+        if call.backward_start is None or call.backward_peak is None or call.policy is None:
+            continue
+        program = programs[call.program]
+        expected = working_set(program, call.policy)
+        grown = call.backward_peak - call.backward_start - (expected.peak_bytes - expected.kept_bytes)
+        beyond.setdefault(call.program, []).append(max(0, grown))
+    return {key: sorted(values)[len(values) // 2] for key, values in beyond.items()}

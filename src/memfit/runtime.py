@@ -26,7 +26,7 @@ from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
 from memfit.holders import Holders
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
-from memfit.limits import Limits
+from memfit.limits import Keeper
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program
@@ -57,8 +57,7 @@ class Runtime:
         self.listener: Listener | None = None
         self.step_began: Callable[[], None] = lambda: None
         self.has_room: Callable[[int], bool] = lambda index: True
-        self.keep_under: Callable[[int], None] = lambda limit: None  # hands freed memory back where that much is held
-        self.limits = Limits()
+        self.keeper = Keeper()
         self.backward_seen = False
         self.begun = False
         self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
@@ -147,8 +146,8 @@ class Runtime:
         self.backward_seen = True
         if self.listener is not None:
             self.listener.backward_entered(index)
-        elif index in self.limits.before:
-            self.keep_under(self.limits.before[index])
+        else:
+            self.keeper.entered(index)
 
     # A block call
 
@@ -221,15 +220,15 @@ class Runtime:
             call.fall_back()
         else:
             self._finish(call, output)
-        if call.index == 0 or self.listener is not None or call.index in self.limits.before:
+        if call.index == 0 or self.listener is not None or call.index in self.keeper.limits.before:
             call.watch_backward(BackwardHook(self, call.index))
         if call.index == 0:
             self._first_frame = weakref.ref(call.kept_frame) if call.kept_frame is not None else None
         call.settle()
         if self.listener is not None:
             self.listener.block_left(call)
-        elif call.index in self.limits.after:
-            self.keep_under(self.limits.after[call.index])
+        else:
+            self.keeper.left(call.index)
 
     def _watch(self, block: Block) -> None:
         """Has the block become another one? Looked at once per forward of the model."""
