@@ -129,7 +129,7 @@ def test_links_that_are_none_are_refused_or_undone():
         assert all(now.linked is None for now in undone)
     assert settled(step, [first, last, first]) == [first, last, first]
     assert kept_input(Policy(program="p", kept=(2,), narrowed=(1,), linked=0, returned=3)) == Policy(
-        program="p", kept=(0, 2), narrowed=(1,)
+        program="p", kept=(0, 2), narrowed=(1,), returned=3
     )
 
 

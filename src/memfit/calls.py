@@ -13,7 +13,7 @@ from memfit import canary
 from memfit.bits import hash_on_device
 from memfit.entries import Entry
 from memfit.fallback import ReplayOfModule
-from memfit.frames import Frame, Handle, Kept, unpack
+from memfit.frames import Cell, Frame, Handle, Kept, unpack
 from memfit.plans import Policy
 from memfit.programs import Program
 from memfit.replay import NARROW, RECOMPUTE, CompiledPolicy, generator_of, narrow_form, widen
@@ -21,6 +21,7 @@ from memfit.signature import numeric_flags
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
+    from memfit.links import Tie, Upstream
     from memfit.trace import Recorder
 
 _push = torch._C._autograd._push_saved_tensors_default_hooks
@@ -42,6 +43,7 @@ class Call:
         "index",
         "kept_frame",
         "kwargs",
+        "link",
         "mode",
         "owner",
         "policy",
@@ -52,6 +54,8 @@ class Call:
         "started",
         "states",
         "tensors",
+        "tie",
+        "upstream",
         "versions",
     )
 
@@ -78,6 +82,9 @@ class Call:
         self.mode = ""
         self.policy: Policy | None = None
         self.program_key = ""
+        self.tie: Tie | None = None
+        self.link: Upstream | None = None
+        self.upstream: tuple[Cell, ...] | None = None
 
     # The hooks around the forward
 
@@ -216,7 +223,7 @@ class Call:
         compiled = self.compiled
         assert compiled is not None
         frame = Frame(self.block.name, compiled)
-        if compiled.dropped:
+        if compiled.dropped or compiled.returned is not None:
             frame.flags = numeric_flags()
             states = self.states or {}
             frame.states = {packed: states[packed] for packed in compiled.snapshots}
@@ -259,7 +266,7 @@ class Call:
         self.program_key = compiled.program.key
         actions = compiled.actions
         nodes = compiled.program.nodes
-        cells = self.cells() if compiled.dropped else {}
+        cells = self.cells() if compiled.dropped or compiled.returned is not None else {}
         if compiled.dropped:
             self._sample(frame, compiled)
             if hashed:
@@ -289,9 +296,14 @@ class Call:
                 handle.frame = frame
                 handle.tensor = None
                 handle.leaves = tuple([(n, *cells[n]) for n in compiled.leaves[handle.index]])
+                if handle.index in compiled.reads_link:
+                    handle.link = self.link
             elif action != NARROW:
                 if nodes[compiled.program.saved[handle.index].value.node].custom:
                     handle.frame = frame
+
+        if compiled.returned is not None:
+            self.upstream = tuple([(n, *cells[n]) for n in compiled.returned.leaves])
 
     def _sample(self, frame: Frame, compiled: CompiledPolicy) -> None:
         """Take the canary's samples: one stack per dtype and device."""
@@ -367,7 +379,7 @@ class Call:
 
     def settle(self) -> None:
         """The forward is over: let go of everything that the frame does not need."""
-        self.handles = []
+        self.handles.clear()  # autograd holds the pack hook, and with it this list, while it holds any tensor
         self.tensors = []
         self.args = self.kwargs = None
         self.states = None
@@ -375,3 +387,6 @@ class Call:
         self.kept_frame = None
         self.compiled = None
         self.recorder = None
+        self.link = self.upstream = None
+        if self.tie is not None:
+            self.tie.offer = None

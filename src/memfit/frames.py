@@ -20,6 +20,7 @@ from memfit.signature import numeric_flags, set_numeric_flags
 
 if TYPE_CHECKING:
     from memfit.fallback import ReplayOfModule
+    from memfit.links import Upstream
 
 Cell = tuple[int, torch.Tensor, int]
 """A leaf of a recipe: node, tensor, and the version that it must still have."""
@@ -28,7 +29,7 @@ Cell = tuple[int, torch.Tensor, int]
 class Handle:
     """What autograd keeps instead of a tensor. Copies and pickles without its tensor: inert."""
 
-    __slots__ = ("frame", "index", "leaves", "tensor", "version")
+    __slots__ = ("frame", "index", "leaves", "link", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor, index: int) -> None:
         """Own ``tensor``, the ``index``-th that this call packed, as it is at this moment."""
@@ -37,6 +38,7 @@ class Handle:
         self.version: int = tensor._version
         self.frame: Frame | ReplayOfModule | Kept | None = None
         self.leaves: tuple[Cell, ...] = ()
+        self.link: Upstream | None = None
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return _inert_handle, ()
@@ -138,9 +140,11 @@ class Frame:
                 self._begin(task)
             restorer = self.restorer
             assert restorer is not None
+            if handle.link is not None:
+                self._bring_input(handle.index, handle.link, restorer)
             leaves = [(node, self._checked(node, tensor, version)) for node, tensor, version in handle.leaves]
             if not restorer.has(handle.index):
-                self._add_parameters(handle.index, leaves)
+                self._add_parameters(self.compiled.parameters[handle.index], leaves)
             if task == -1:
                 self.restorer = None  # not in a backward pass: somebody looks at a graph; keep nothing
             if self.same_flags:
@@ -191,8 +195,17 @@ class Frame:
             return widen(tensor, self.compiled.bases[node].dtype, narrow)
         return tensor
 
-    def _add_parameters(self, index: int, leaves: list[tuple[int, torch.Tensor]]) -> None:
-        for node in self.compiled.parameters[index]:
+    def _bring_input(self, index: int, link: Upstream, restorer: Restorer) -> None:
+        """Have the linked input there, if what follows reads it."""
+        node = self.compiled.policy.linked
+        assert node is not None
+        if self.compiled.program.saved[index].value.node == node:
+            link.check(self.block)
+        if restorer.wants(index, node):
+            restorer.env[node] = link.restore()
+
+    def _add_parameters(self, nodes: tuple[int, ...], leaves: list[tuple[int, torch.Tensor]]) -> None:
+        for node in nodes:
             tensor, pointer, version = self.parameters[node]
             if tensor._version != version or tensor.data_ptr() != pointer:
                 leaf = self.compiled.program.nodes[node].leaf

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from memfit import canary
-from memfit.errors import MemfitError
+from memfit.closures import OutputRecipe, closure, droppable, output_recipe
 from memfit.plans import Policy
 from memfit.programs import Program, ProgramOp, Ref, Value, refs
 
@@ -48,6 +48,8 @@ class CompiledPolicy:
         dropped: Saved tensors that are recomputed.
         patterns: Where the canary samples each of them.
         narrowed: Kept node -> (narrow dtype or None for a mask, scale).
+        reads_link: Saved tensors whose closure reads the linked input.
+        returned: The recipe of the output that the next call's linked input is.
     """
 
     policy: Policy
@@ -66,6 +68,8 @@ class CompiledPolicy:
     narrowed: dict[int, tuple[torch.dtype | None, float]]
     dropped: tuple[int, ...]
     patterns: tuple[tuple[int, int], ...]
+    reads_link: frozenset[int]
+    returned: OutputRecipe | None
 
 
 def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
@@ -83,6 +87,8 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         if node.leaf is not None:
             if node.leaf.kind != "input":
                 available[number] = "parameter"
+            elif number == policy.linked:
+                available[number] = "link"
             elif number in kept_nodes:
                 available[number] = "input"
         elif number in kept_nodes and number in first_saved and not node.custom:
@@ -95,12 +101,22 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
     kept: dict[int, int] = {}
     inputs: dict[int, int] = {}
     all_ops: set[int] = set()
+    reads_link: set[int] = set()
+
+    def hold(nodes: tuple[int, ...]) -> None:
+        for n in nodes:
+            leaf = program.nodes[n].leaf
+            if leaf is not None:
+                inputs[n] = leaf.index
+            else:
+                kept[n] = first_saved[n]
+
     for saved in program.saved:
         number = saved.value.node
         node = program.nodes[number]
         if number in policy.narrowed:
             actions.append(NARROW)
-        elif number in kept_nodes or not _droppable(program, number) or available.get(number) == "parameter":
+        elif number in kept_nodes or not droppable(program, number) or available.get(number) == "parameter":
             actions.append(SAVE)
         else:
             actions.append(RECOMPUTE)
@@ -109,17 +125,17 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
             leaves.append(())
             parameters.append(())
             continue
-        closure, read = _closure(program, number, available)
-        closures.append(closure)
-        all_ops.update(closure)
-        leaves.append(tuple(n for n in read if available[n] != "parameter"))
+        ops, read = closure(program, number, available)
+        closures.append(ops)
+        all_ops.update(ops)
+        leaves.append(tuple(n for n in read if available[n] in ("kept", "input")))
         parameters.append(tuple(n for n in read if available[n] == "parameter"))
-        for n in leaves[-1]:
-            leaf = program.nodes[n].leaf
-            if leaf is not None:
-                inputs[n] = leaf.index
-            else:
-                kept[n] = first_saved[n]
+        hold(leaves[-1])
+        if any(available[n] == "link" for n in read):
+            reads_link.add(len(closures) - 1)
+    returned = output_recipe(program, policy.returned, available)
+    if returned is not None:
+        hold(returned.leaves)
     for n, index in kept.items():
         bases[n] = program.saved[index].value
     for number, node in enumerate(program.nodes):
@@ -132,6 +148,8 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
     for index, action in enumerate(actions):
         if action == RECOMPUTE:
             uses[program.saved[index].value.node] += 1
+    if returned is not None:
+        all_ops.update(returned.closure)
     dropped = [i for i, action in enumerate(actions) if action == RECOMPUTE]
     narrowed: dict[int, tuple[torch.dtype | None, float]] = {}
     for n in policy.narrowed:
@@ -145,7 +163,9 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         leaves=leaves,
         parameters=parameters,
         inputs=inputs,
-        parameter_nodes=tuple(sorted({n for group in parameters for n in group})),
+        parameter_nodes=tuple(
+            sorted({n for group in [*parameters, returned.parameters if returned else ()] for n in group})
+        ),
         kept=kept,
         bases=bases,
         uses=uses,
@@ -154,34 +174,9 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         narrowed=narrowed,
         dropped=tuple(dropped),
         patterns=tuple(canary.pattern(program.saved[i].value) for i in dropped),
+        reads_link=frozenset(reads_link),
+        returned=returned,
     )
-
-
-def _droppable(program: Program, number: int) -> bool:
-    node = program.nodes[number]
-    if node.leaf is not None:
-        return node.leaf.kind == "input"
-    return node.recomputable
-
-
-def _closure(program: Program, number: int, available: dict[int, str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ops that make node ``number`` from available nodes, in program order, and the available nodes that they read."""
-    wanted, run, read = [number], set(), set()
-    while wanted:
-        n = wanted.pop()
-        if n in available:
-            read.add(n)
-            continue
-        producer = program.nodes[n].producer
-        if producer is None or not program.ops[producer].recomputable:
-            why = program.nodes[n].reason or "not kept"
-            raise MemfitError(f"No recipe leads to node {n} of program {program.key}: {why}. Keep it.")
-        if producer in run:
-            continue
-        run.add(producer)
-        op = program.ops[producer]
-        wanted.extend(op.inputs)
-    return tuple(sorted(run)), tuple(sorted(read))
 
 
 def view_of(base: torch.Tensor, value: Value, shown: Value) -> torch.Tensor:
@@ -274,7 +269,7 @@ class Restorer:
     Not thread-safe by itself: the frame holds its lock around `restore`.
     """
 
-    __slots__ = ("_compiled", "_done", "_states", "_uses", "env")
+    __slots__ = ("_compiled", "_done", "_given", "_states", "_uses", "env")
 
     def __init__(self, compiled: CompiledPolicy, states: dict[int, dict[Any, torch.Tensor]] | None) -> None:
         """Start a pass.
@@ -286,12 +281,23 @@ class Restorer:
         self._compiled = compiled
         self._uses = compiled.uses.copy()
         self._done: set[int] = set()
+        self._given: set[int] = set()
         self._states = states
         self.env: Environment = {}
 
     def has(self, index: int) -> bool:
         """Whether the saved tensor ``index`` can be given without running anything."""
         return self._compiled.program.saved[index].value.node in self.env
+
+    def wants(self, index: int, node: int) -> bool:
+        """Whether bringing ``index`` back reads ``node``, which is not there."""
+        if node in self.env or self.has(index):
+            return False
+        compiled = self._compiled
+        if compiled.program.saved[index].value.node == node:
+            return True
+        left = [i for i in compiled.closures[index] if i not in self._done] or compiled.closures[index]
+        return any(node in compiled.program.ops[i].inputs for i in left)
 
     def restore(self, index: int, leaves: Iterable[tuple[int, torch.Tensor]]) -> torch.Tensor:
         """The saved tensor ``index``, which the policy dropped.
@@ -306,8 +312,12 @@ class Restorer:
         base = env.get(value.node)
         if base is None:
             closure = [i for i in compiled.closures[index] if i not in self._done]
-            if closure and compiled.program.nodes[value.node].producer in self._done:
-                return Restorer(compiled, self._states).restore(index, leaves)  # asked for again in the same pass
+            if not closure and compiled.closures[index]:  # asked for again in the same pass
+                again = Restorer(compiled, self._states)
+                linked = compiled.policy.linked
+                if linked is not None and linked in self.env:
+                    again.env[linked] = self.env[linked] if self._uses[linked] > 0 else self.env.pop(linked)
+                return again.restore(index, leaves)
             for node, tensor in leaves:
                 env[node] = tensor
             run_ops(compiled, closure, env, uses, self._states)
@@ -317,7 +327,9 @@ class Restorer:
                 if node != value.node:
                     env.pop(node, None)
         out = view_of(base, value, compiled.bases[value.node])
-        uses[value.node] -= 1
+        if index not in self._given:
+            self._given.add(index)
+            uses[value.node] -= 1
         if uses[value.node] <= 0:
             env.pop(value.node, None)
         return out

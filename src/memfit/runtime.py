@@ -24,7 +24,8 @@ from memfit.entries import Entry, ProgramState
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
-from memfit.parking import park, park_and_snapshot
+from memfit.links import Links, accept
+from memfit.parking import RandomStates, park, park_and_snapshot
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program
 from memfit.signature import Watch, autocast_state, describe, flatten, numeric_flags, output_tensors, parameter_slots
@@ -65,6 +66,7 @@ class Runtime:
         self.mismatches = 0
         self._hash_turn: dict[str, int] = {}
         self._local = threading.local()
+        self.links = Links()
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
             self.add_block(name, module)
@@ -105,6 +107,7 @@ class Runtime:
             call = stack.pop()
             call.close()
             call.settle()
+        self.links.forget()
 
     def _stack(self) -> list[Call]:
         stack: list[Call] | None = getattr(self._local, "stack", None)
@@ -174,6 +177,8 @@ class Runtime:
         call = Call(block, len(self.calls), tensors, args, kwargs)
         call.owner = sys._getframe(2)
         self.calls.append(call)
+        if self.links.used:
+            self.links.enter(call, self.calls)
         if self.listener is not None:
             self.listener.block_entered(call)
         entry = block.entries.get(signature)
@@ -182,13 +187,13 @@ class Runtime:
         call.signature = signature
         if block.mode == "fallback":
             call.compiled = None
-            call.open(park(call), _RandomStates(tensors))
+            call.open(park(call), RandomStates(tensors))
         elif entry is None or entry.record_again:
             self._start_recording(call)
         else:
             call.entry = entry
             policy = self.choose(entry.state, call.index, block.name)
-            call.compiled = entry.state.compile(policy)
+            call.compiled = entry.state.compile(accept(call, entry.state.program, policy))
             if call.compiled.snapshots:
                 call.open(park_and_snapshot(call), None)
             else:
@@ -213,6 +218,8 @@ class Runtime:
             call.fall_back()
         else:
             self._finish(call, output)
+        if call.mode == "replay" and (call.upstream is not None or self.listener is not None):
+            self.links.leave(call, output, self.calls)
         if call.index == 0 or self.listener is not None or call.index in self.trim_before:
             call.watch_backward(BackwardHook(self, call.index))
         if call.index == 0:
@@ -269,7 +276,7 @@ class Runtime:
         recorder = Recorder(leaves, owner=call.owner)
         call.recorder = recorder
         call.started = time.perf_counter()
-        call.open(park(call), _RandomStates(call.tensors))
+        call.open(park(call), RandomStates(call.tensors))
 
     def _finish_recording(self, call: Call, output: Any) -> None:
         started = time.perf_counter()
@@ -306,7 +313,8 @@ class Runtime:
         entry.record_after = 2 ** min(entry.recordings, 10) if program.unproven else 0
         self._remember(block, call.signature, entry)
         call.entry = entry
-        call.compiled = state.compile(self.choose(state, call.index, block.name))
+        policy = self.choose(state, call.index, block.name)
+        call.compiled = state.compile(accept(call, state.program, policy))
         call.fresh = True
         self._finish(call, output)
 
@@ -368,7 +376,7 @@ class Runtime:
             # all bits are hashed now and compared when the backward asks for them.
             entry.verified += 1
             hashed = True
-            wrong = verify(call, frame) if self.has_room(call.index) else ""
+            wrong = verify(call, frame, output) if self.has_room(call.index) else ""
             if wrong:
                 self.note(f"demoted {state.key} {wrong}", f"`{block.name}`: {wrong}")
                 call.keep_all()
@@ -389,10 +397,3 @@ class Runtime:
         turn[key] = seen + 1
         members = max(1, call.entry.state.members if call.entry is not None else 1)
         return seen == self.generation % members
-
-
-class _RandomStates:
-    """Which generators a block may draw from."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self.devices = list(dict.fromkeys([torch.device("cpu"), *(t.device for t in tensors)]))

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from memfit.bits import max_ulp, same_bits
 from memfit.calls import Call
 from memfit.frames import Frame
+from memfit.links import run_output
 from memfit.replay import Restorer
+from memfit.signature import output_tensors
 
 
-def verify(call: Call, frame: Frame) -> str:
-    """Compare all bits of every value that the policy drops; on a difference demote it and say so, else ""."""
+def verify(call: Call, frame: Frame, output: Any) -> str:
+    """Compare all bits of every value that the policy drops; on a difference demote it and say so, else "".
+
+    A linked input is taken as it came: its own recipe was verified when the call before it ended, by the very tensor.
+    """
     compiled = call.compiled
     assert compiled is not None
     assert call.entry is not None
     leaves = call.cells()
+    linked = compiled.policy.linked
+    given = [] if linked is None or call.link is None else [(linked, _input(call, linked))]
     restorer = Restorer(compiled, frame.states)
     for index in reversed(compiled.dropped):
         found = [(n, call.widened(n, leaves[n][0])) for n in compiled.leaves[index]]
         found += [(n, frame.parameters[n][0]) for n in compiled.parameters[index]]
+        if index in compiled.reads_link:
+            found += given
         value = restorer.restore(index, found)
         saved = call.handles[index].tensor
         assert saved is not None
@@ -26,4 +39,22 @@ def verify(call: Call, frame: Frame) -> str:
             ulp = max_ulp(value, saved)
             call.entry.state.demote(node)
             return f"saved tensor {index} is kept from now on: replayed, it differs by {ulp:.3g} ulp"
+    recipe = compiled.returned
+    if recipe is None:
+        return ""
+    for shown, tensor in zip(compiled.program.outputs, output_tensors(output), strict=True):
+        if shown.node != recipe.node:
+            continue
+        env = {n: call.widened(n, leaves[n][0]) for n in recipe.leaves}
+        env.update((n, frame.parameters[n][0]) for n in recipe.parameters)
+        env.update(given if recipe.reads_link else ())
+        if not same_bits(run_output(frame, env, shown), tensor.detach()):
+            call.entry.state.demote(shown.node)
+            return "an output cannot be brought back for the next block, which keeps it: replayed, it differs"
     return ""
+
+
+def _input(call: Call, node: int) -> torch.Tensor:
+    tensor = call.leaf(node)
+    assert tensor is not None
+    return tensor.detach()

@@ -13,7 +13,7 @@ where the second terms are there only if the recipe of call j-1 reads that call'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memfit.errors import PlanError
 from memfit.plans import Policy
@@ -131,11 +131,10 @@ def restored(profile: StepProfile, policies: Sequence[Policy]) -> list[Restored 
 
 
 def kept_input(policy: Policy) -> Policy:
-    """The same policy without links: the input is kept instead."""
-    if policy.linked is None and policy.returned is None:
+    """The same policy for a call that is not linked: its input is kept."""
+    if policy.linked is None:
         return policy
-    kept = set(policy.kept) | ({policy.linked} if policy.linked is not None else set())
-    return Policy(program=policy.program, kept=tuple(sorted(kept)), narrowed=policy.narrowed)
+    return replace(policy, kept=tuple(sorted({*policy.kept, policy.linked})), linked=None)
 
 
 def settled(profile: StepProfile, policies: Sequence[Policy]) -> list[Policy]:
@@ -143,14 +142,9 @@ def settled(profile: StepProfile, policies: Sequence[Policy]) -> list[Policy]:
     found: list[Policy] = []
     for place, (call, policy) in enumerate(zip(profile.calls, policies, strict=True)):
         before = found[-1] if place else None
-        linked = policy.linked is not None
-        if linked and before is not None and call.link is not None:
-            ends = (call.link.input, call.link.output) == (policy.linked, before.returned)
-            linked = ends and returned(profile.programs[before.program], before) is not None
-        else:
-            linked = False
-        if policy.linked is not None and not linked:
-            kept = tuple(sorted({*policy.kept, policy.linked}))
-            policy = Policy(program=policy.program, kept=kept, narrowed=policy.narrowed, returned=policy.returned)
-        found.append(policy)
+        is_linked = before is not None and call.link is not None and policy.linked is not None
+        if is_linked and before is not None and call.link is not None:
+            is_linked = (call.link.input, call.link.output) == (policy.linked, before.returned)
+            is_linked = is_linked and returned(profile.programs[before.program], before) is not None
+        found.append(policy if is_linked else kept_input(policy))
     return found
