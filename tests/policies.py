@@ -75,7 +75,7 @@ def link_everything(program: ProgramProfile) -> Policy:
     """
     policy = full_policy(program)
     inputs = [n for n, node in enumerate(program.nodes) if node.kind == "input" and node.keep_bytes]
-    if not inputs or not program.outputs:
-        return policy
-    kept = tuple(n for n in policy.kept if n != inputs[0])
-    return Policy(program=program.key, kept=kept, linked=inputs[0], returned=program.outputs[0])
+    linked = inputs[0] if inputs else None
+    kept = tuple(n for n in policy.kept if n != linked)
+    returned = program.outputs[0] if program.outputs else None
+    return Policy(program=program.key, kept=kept, linked=linked, returned=returned)

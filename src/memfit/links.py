@@ -192,14 +192,14 @@ class Links:
         self.used = False
         self._local = threading.local()
 
-    def leave(self, call: Call, output: Any, calls: list[Call]) -> None:
-        """A call that was replayed ends."""
-        outputs = output_tensors(output)
-        if call.tie is not None:
+    def leave(self, call: Call, output: Any, calls: list[Call], *, watched: bool) -> None:
+        """A call that was replayed ends; if ``watched``, somebody will ask for its `Tie`."""
+        if call.tie is not None and watched:
             call.tie.link = _linked_nodes(call)
             call.tie.holders = _holders(call)
-        self.used = True
-        self._local.offer = Offer(call, outputs, calls)
+        if not _is_sharded(call.block.module):
+            self.used = True
+            self._local.offer = Offer(call, output_tensors(output), calls)
 
     def enter(self, call: Call, calls: list[Call]) -> None:
         """A call begins: is one of its arguments what the call before it returned?"""
@@ -277,6 +277,13 @@ def _holders(call: Call) -> list[weakref.ref[torch.Tensor]]:
 def _same_version(tensor: torch.Tensor, version: int) -> bool:
     """Rule 15: the same object may have been written since (``h += 1``)."""
     return tensor._version == version
+
+
+def _is_sharded(module: torch.nn.Module) -> bool:
+    """Whether the block's parameters are there only around its own forward and backward (FSDP, ZeRO-3; rule 8)."""
+    if hasattr(module, "_get_fsdp_state") or hasattr(module, "_fsdp_wrapped_module"):
+        return True
+    return hasattr(next(module.parameters(), None), "ds_id")
 
 
 def _counter_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -219,7 +219,7 @@ class Runtime:
         else:
             self._finish(call, output)
         if call.mode == "replay" and (call.upstream is not None or self.listener is not None):
-            self.links.leave(call, output, self.calls)
+            self.links.leave(call, output, self.calls, watched=self.listener is not None)
         if call.index == 0 or self.listener is not None or call.index in self.trim_before:
             call.watch_backward(BackwardHook(self, call.index))
         if call.index == 0:
