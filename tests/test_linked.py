@@ -256,6 +256,33 @@ def test_plans_with_room_are_what_they_were():
     )
 
 
+def test_micro_batches_are_linked_inside_only():
+    """Two of them, one after the other: the first block of the second takes nothing from the first."""
+    first = linked(chain_step([llama_block()] * 6, outside=1000))
+    moved = [
+        replace(
+            event,
+            call=None if event.call is None else event.call + 6,
+            live_calls=tuple(call + 6 for call in event.live_calls),
+        )
+        for event in first.events
+    ]
+    both = replace(first, calls=first.calls * 2, events=(*first.events[:-1], *moved))
+    one, two = solve(first, budget="min"), solve(both, budget="min")
+    assert one.predicted_peak_bytes == two.predicted_peak_bytes < solve(unlinked(first), budget="min").budget_bytes
+    assert two.recompute_seconds == pytest.approx(2 * one.recompute_seconds)
+    assert two.policy(6).linked is None
+
+
+def test_lifetimes_that_cross_have_no_links():
+    """A frame that goes before the next one's backward cannot bring anything back: inputs are kept."""
+    step = linked(chain_step([wide_block()] * 3))
+    events = list(step.events)
+    events[4] = replace(events[4], live_calls=(0,))  # the backward of the last block finds the second one gone
+    plan = solve(replace(step, events=tuple(events)), budget="min")
+    assert all(policy.linked is None for policy in plan.policies)
+
+
 def test_a_tight_plan_with_links_may_be_the_faster_one():
     block = llama_block()
     step = chain_step([block] * 24, loss=MIB)

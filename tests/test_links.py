@@ -662,6 +662,23 @@ def test_what_somebody_else_keeps_is_not_linked() -> None:
     assert all(policy.linked is None for policy in plan.policies)
 
 
+def test_a_plan_made_offline_is_linked(restored: list[str]) -> None:
+    model, x = Live(), torch.randn(8192, 16)
+    plan = memfit.plan(model, x, budget="min", loss=lambda output, _: output[0])
+    drops = sum(plan.policy(number).linked is not None for number in range(12))
+    assert drops >= 6
+    expected, _, _ = live_steps(None, steps=2)
+    seed()
+    with memfit.apply(model, Plan.from_json(plan.to_json())) as handle:
+        for i in range(2):
+            restored.clear()
+            model(torch.randn(8192, 16, generator=torch.Generator().manual_seed(i)))[0].backward()
+            assert_bitwise_equal(copies((name, p.grad) for name, p in model.named_parameters()), expected[i])
+            model.zero_grad()
+            assert len(restored) >= drops
+        assert [call.policy for call in handle.plan.calls] == [call.policy for call in plan.calls]
+
+
 def test_the_profile_names_the_nodes() -> None:
     model = stack(4)
     with memfit.fit(model, budget="min") as handle:
