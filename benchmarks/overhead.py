@@ -2,8 +2,8 @@
 
 Two sections. The first lets whole steps of the three shapes take turns: plain, `budget=None` (only measure), and a plan
 that recomputes nothing because the budget is large. The second uses blocks whose tensors are so small that arithmetic
-does not count, in one process; the slope over the number of tensors per block is the cost of a tensor, what is left at
-none is the cost of a block call.
+does not count, in one process: the slope over the number of tensors per block is the cost of a tensor, the slope over
+the number of blocks, less their tensors, that of a block call, and what is left that of a step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.turns import Track, Worker, WorkerError, interleave
 
-NUM_BLOCKS = 8
+FEW_BLOCKS, MANY_BLOCKS = 8, 40
 FEW, MANY = 8, 64
 # More than any machine has: nothing has to be recomputed.
 LARGE = 1 << 45
@@ -73,9 +73,9 @@ class _Block(nn.Module):
 
 
 class _Chain(nn.Module):
-    def __init__(self, length: int) -> None:
+    def __init__(self, num_blocks: int, length: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Block(length) for _ in range(NUM_BLOCKS))
+        self.layers = nn.ModuleList(_Block(length) for _ in range(num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -100,10 +100,10 @@ def _seconds(step: Callable[[], None], *, device: str, rounds: int = 60, warmup:
     return statistics.fmean(sorted(times)[: len(times) - len(times) // 10])
 
 
-def _step_seconds(length: int, device: str, options: dict[str, Any] | None) -> float:
-    """Median step time of a chain; ``options`` of `memfit.fit`, ``None`` for plain."""
+def _step_seconds(num_blocks: int, length: int, device: str, options: dict[str, Any] | None) -> float:
+    """Mean step time of a chain; ``options`` of `memfit.fit`, ``None`` for plain."""
     torch.manual_seed(0)
-    model = _Chain(length).to(device)
+    model = _Chain(num_blocks, length).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     x = torch.rand(64, device=device)
 
@@ -143,25 +143,29 @@ def micro(device: str) -> list[dict[str, Any]]:
         "saved": {"budget": LARGE},
         "dropped": {"policy": "full"},
     }
-    plain = {length: _step_seconds(length, device, None) for length in (FEW, MANY)}
+    chains = ((FEW_BLOCKS, FEW), (FEW_BLOCKS, MANY), (MANY_BLOCKS, FEW))
+    plain = {chain: _step_seconds(*chain, device, None) for chain in chains}
     rows: list[dict[str, Any]] = []
     sine = _sine_seconds(device)
     for name, options in plans.items():
         try:
-            extra = {n: (_step_seconds(n, device, options) - plain[n]) / NUM_BLOCKS for n in (FEW, MANY)}
+            extra = {chain: _step_seconds(*chain, device, options) - plain[chain] for chain in chains}
         except Exception as error:  # the other rows are worth having
             rows.append({"what": name, "error": f"{type(error).__name__}: {error}"})
             continue
-        slope = (extra[MANY] - extra[FEW]) / (MANY - FEW)
-        call = extra[FEW] - FEW * slope
+        few, long, wide = (extra[chain] for chain in chains)
+        tensor = (long - few) / FEW_BLOCKS / (MANY - FEW)
+        block = (wide - few) / (MANY_BLOCKS - FEW_BLOCKS)
+        call, step = block - FEW * tensor, few - FEW_BLOCKS * block
         if name == "budget=None":
-            rows.append({"what": "budget=None, per block call", "microseconds": 1e6 * extra[FEW], "limit": None})
+            rows.append({"what": "budget=None, per step", "microseconds": 1e6 * few, "limit": None})
             continue
         if name == "dropped":
             rows.append({"what": "the op itself, run again", "microseconds": 1e6 * sine, "limit": None})
-            slope -= sine
+            tensor -= sine
         rows.append(
-            {"what": f"per {name} tensor", "microseconds": 1e6 * slope, "limit": {"saved": 2, "dropped": 6}[name]}
+            {"what": f"per {name} tensor", "microseconds": 1e6 * tensor, "limit": {"saved": 2, "dropped": 6}[name]}
         )
         rows.append({"what": f"per block call, all {name}", "microseconds": 1e6 * call, "limit": 15})
+        rows.append({"what": f"per step, all {name}", "microseconds": 1e6 * step, "limit": None})
     return rows

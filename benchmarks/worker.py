@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks import cases, peers
 from memfit import host
+from memfit.solver.bound import overhead_bound
 
 
 class Peak:
@@ -132,7 +133,9 @@ class Stepper:
         modes: dict[str, int] = {}
         for block in summary.pop("blocks", []):
             modes[block["mode"]] = modes.get(block["mode"], 0) + 1
-        return {**summary, "modes": modes}
+        profile, budget = self.handle.profile, summary["budget_bytes"]
+        bound = overhead_bound(profile, budget=budget) if profile is not None and budget is not None else None
+        return {**summary, "modes": modes, "bound_recompute_seconds": bound}
 
 
 def main() -> None:

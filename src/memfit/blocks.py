@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memfit.errors import ModelError
+from memfit.programs import LeafKind
 from memfit.signature import Watch
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
 _MIN_REPEATS = 2
+_RECORDED_AGAIN = 4
+"""How many recordings of new arguments one counts for whose arguments were known."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +29,7 @@ class Block:
         mode: ``replay``, ``descent``, ``fallback`` or ``plain``.
         reason: Why not replay.
         parent: The descended block that it belongs to.
+        own: Where its parameters and buffers lie, by `storages_of`.
     """
 
     name: str
@@ -36,10 +40,16 @@ class Block:
     entries: dict[Any, Entry] = field(default_factory=dict)
     watch: Watch | None = None
     watched: int = -1
-    slots: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
+    slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]] = field(default_factory=dict)
+    own: dict[int, int] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     recordings_in_a_row: int = 0
     unsteady: int = 0
+
+    def forget(self, signature: Any) -> None:
+        """A call was not what its recording says: the next one is recorded again."""
+        self.entries.pop(signature, None)
+        self.recordings_in_a_row += _RECORDED_AGAIN - 1
 
 
 def find_blocks(model: torch.nn.Module, wanted: list[str] | None = None) -> list[tuple[str, torch.nn.Module]]:

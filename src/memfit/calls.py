@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memfit import canary
-from memfit.bits import hash_on_device
 from memfit.entries import Entry
 from memfit.fallback import ReplayOfModule
 from memfit.frames import Cell, Frame, Handle, Kept, unpack
+from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
-from memfit.programs import Program
-from memfit.replay import NARROW, RECOMPUTE, CompiledPolicy, generator_of, narrow_form, widen
-from memfit.signature import numeric_flags
+from memfit.replay import CompiledPolicy, generator_of
+from memfit.storages import covers
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
@@ -29,6 +28,10 @@ _pop = torch._C._autograd._pop_saved_tensors_default_hooks
 _top = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+SMALL_BUFFER_BYTES = 16 * 2**10
+"""Buffers up to this size are copied into the frame: distributed training broadcasts them, and no version tells."""
+
+
 class Call:
     """A block's forward in progress."""
 
@@ -37,6 +40,7 @@ class Call:
         "block",
         "compiled",
         "entry",
+        "flags",
         "fresh",
         "handles",
         "hooked",
@@ -71,6 +75,7 @@ class Call:
         self.compiled: CompiledPolicy | None = None
         self.recorder: Recorder | None = None
         self.signature: Any = None
+        self.flags: tuple[Any, ...] = ()
         self.fresh = False
         self.started = 0.0
         self.hooked: Any = None
@@ -88,10 +93,11 @@ class Call:
 
     # The hooks around the forward
 
-    def open(self, pack: Callable[[torch.Tensor], Handle], random: Any) -> None:
-        """Push the saved-tensor hooks (and the recorder)."""
-        if random is not None:
-            self.rng = {device: generator_of(device).get_state() for device in random.devices}
+    def open(self, pack: Callable[[torch.Tensor], Handle], *, random: bool = False) -> None:
+        """Push the saved-tensor hooks (and the recorder); with ``random``, take the states of all generators."""
+        if random:
+            devices = dict.fromkeys([torch.device("cpu"), *(t.device for t in self.tensors)])
+            self.rng = {device: generator_of(device).get_state() for device in devices}
         if self.compiled is not None and self.compiled.snapshots:
             self.states = {}
             if self.compiled.snapshots[0] == 0:
@@ -141,43 +147,12 @@ class Call:
         """What is not as recorded, or ""."""
         assert self.entry is not None
         state = self.entry.state
-        checks, handles = state.checks, self.handles
-        if len(handles) != len(checks):
-            return f"{len(handles)} saved tensors instead of {len(checks)}"
-        storages = self._leaf_storages(state.program)
-        for handle, (size, stride, dtype, version, offset, storage, constant, device) in zip(
-            handles, checks, strict=True
-        ):
-            tensor = handle.tensor
-            assert tensor is not None
-            if (
-                tensor.shape != size
-                or tensor.stride() != stride
-                or tensor.dtype is not dtype
-                or tensor.device != device
-            ):
-                return f"saved tensor {handle.index} is {canary.meta(tensor)[:3]}"
-            if version is not None and handle.version != version:
-                return f"saved tensor {handle.index} was written {handle.version} times instead of {version}"
-            if storage >= 0:
-                pointer = tensor.data_ptr()
-                if pointer and storages.setdefault(storage, pointer - offset) != pointer - offset:
-                    return f"saved tensor {handle.index} views another storage"
-            elif constant is not None and tensor.item() != constant and constant == constant:
-                return f"the number {constant} became {tensor.item()}"
-        if len(set(storages.values())) != len(storages):
-            return "saved tensors that were apart share a storage"
-        return ""
-
-    def _leaf_storages(self, program: Program) -> dict[int, int]:
-        """Where the storages of saved leaves must begin."""
-        found: dict[int, int] = {}
-        for number in {s.value.node for s in program.saved if s.is_leaf}:
-            node = program.nodes[number]
+        starts: dict[int, int] = {}
+        for number, storage, offset in state.saved_leaves:
             tensor = self.leaf(number)
-            if tensor is not None and tensor.numel():
-                found[node.storage] = tensor.data_ptr() - node.value.offset * node.value.dtype.itemsize
-        return found
+            if tensor is not None and (pointer := tensor.data_ptr()):
+                starts[storage] = pointer - offset
+        return state.checks.differs(self.handles, starts)
 
     def leaf(self, number: int) -> torch.Tensor | None:
         """The tensor that is leaf ``number`` in this call."""
@@ -187,11 +162,9 @@ class Call:
             return None
         if leaf.kind == "input":
             return self.tensors[leaf.index]
-        for _, owner, name, dictionary in self.block.slots:
-            if owner == leaf.owner and name == leaf.name:
-                found: torch.Tensor | None = dictionary.get(name)
-                return found
-        return None
+        slot = self.block.slots.get((leaf.owner, leaf.name))
+        found: torch.Tensor | None = slot[1].get(leaf.name) if slot is not None else None
+        return found
 
     def packed_by(self, node: Any) -> set[int]:
         """Which of this call's saved tensors a custom autograd Function saved."""
@@ -224,12 +197,15 @@ class Call:
         assert compiled is not None
         frame = Frame(self.block.name, compiled)
         if compiled.dropped or compiled.returned is not None:
-            frame.flags = numeric_flags()
+            frame.flags = self.flags
             states = self.states or {}
             frame.states = {packed: states[packed] for packed in compiled.snapshots}
             for number in compiled.parameter_nodes:
                 tensor = self.leaf(number)
                 if tensor is not None:
+                    leaf = compiled.program.nodes[number].leaf
+                    if leaf is not None and leaf.kind == "buffer" and _is_small(tensor):
+                        tensor = tensor.detach().clone()
                     frame.parameters[number] = (tensor, tensor.data_ptr(), tensor._version)
         return frame
 
@@ -255,73 +231,56 @@ class Call:
             return tensor
         return widen(narrow_form(tensor, narrow), tensor.dtype, narrow)
 
+    def save_all(self) -> None:
+        """The call is as recorded, and its policy drops nothing."""
+        assert self.compiled is not None
+        self.mode = "replay"
+        self.policy = self.compiled.policy
+        self.program_key = self.compiled.program.key
+
     def apply(self, frame: Frame, *, hashed: bool) -> None:
         """Drop what the policy drops (the late drop of rule 1)."""
-        compiled = self.compiled
+        self.save_all()
+        compiled, handles = self.compiled, self.handles
         assert compiled is not None
-        handles = self.handles
         self.kept_frame = frame
-        self.mode = "replay"
-        self.policy = compiled.policy
-        self.program_key = compiled.program.key
-        actions = compiled.actions
-        nodes = compiled.program.nodes
         cells = self.cells() if compiled.dropped or compiled.returned is not None else {}
-        if compiled.dropped:
-            self._sample(frame, compiled)
-            if hashed:
-                frame.hashes = {}
-                for index in compiled.dropped:
-                    tensor = handles[index].tensor
-                    assert tensor is not None
-                    frame.hashes[index] = hash_on_device(tensor)
+        dropped: dict[int, torch.Tensor] = {i: handles[i].tensor for i in compiled.dropped}  # type: ignore[misc]  # parked
+        turn = self.index * 7919 + (self.entry.calls if self.entry is not None else 0) * 104729
+        frame.samples = canary.Samples(compiled.probes, dropped, turn)
+        if hashed:
+            frame.hashes = {i: canary.all_bits(tensor) for i, tensor in dropped.items()}
+        dropped.clear()
         narrow: dict[int, torch.Tensor] = {}
-        for handle in handles:
-            action = actions[handle.index]
+        for index in compiled.narrow:
+            handle = handles[index]
             tensor = handle.tensor
             assert tensor is not None
-            if action == NARROW:
-                number = compiled.program.saved[handle.index].value.node
-                small = narrow.get(number)
-                if small is None:
-                    small = narrow[number] = narrow_form(tensor, compiled.narrowed[number])
-                    if number in cells:
-                        cells[number] = (small, small._version)
-                handle.tensor = small
-                handle.version = small._version
-                handle.frame = frame
-        for handle in handles:
-            action = actions[handle.index]
-            if action == RECOMPUTE:
-                handle.frame = frame
-                handle.tensor = None
-                handle.leaves = tuple([(n, *cells[n]) for n in compiled.leaves[handle.index]])
-                if handle.index in compiled.reads_link:
-                    handle.link = self.link
-            elif action != NARROW:
-                if nodes[compiled.program.saved[handle.index].value.node].custom:
-                    handle.frame = frame
-
+            number = compiled.program.saved[index].value.node
+            small = narrow.get(number)
+            if small is None:
+                small = narrow[number] = narrow_form(tensor, compiled.narrowed[number])
+                if number in cells:
+                    cells[number] = (small, small._version)
+            handle.tensor = small
+            handle.version = small._version
+            handle.frame = frame
+        for index in compiled.custom:
+            handles[index].frame = frame
+        shared: dict[tuple[int, ...], tuple[Cell, ...]] = {}
+        for index in compiled.dropped:
+            handle = handles[index]
+            handle.frame = frame
+            handle.tensor = None
+            read = compiled.leaves[index]
+            leaves = shared.get(read)
+            if leaves is None:
+                leaves = shared[read] = tuple([(n, *cells[n]) for n in read])
+            handle.leaves = leaves
+            if index in compiled.reads_link:
+                handle.link = self.link
         if compiled.returned is not None:
             self.upstream = tuple([(n, *cells[n]) for n in compiled.returned.leaves])
-
-    def _sample(self, frame: Frame, compiled: CompiledPolicy) -> None:
-        """Take the canary's samples: one stack per dtype and device."""
-        groups: dict[Any, tuple[list[tuple[int, int]], list[torch.Tensor]]] = {}
-        turn = self.index * 7919 + (self.entry.calls if self.entry is not None else 0) * 104729
-        for index, (step, room) in zip(compiled.dropped, compiled.patterns, strict=True):
-            tensor = self.handles[index].tensor
-            assert tensor is not None
-            if not room or not tensor.numel():
-                continue
-            offset = turn % room
-            which, views = groups.setdefault((tensor.dtype, tensor.device), ([], []))
-            which.append((index, step << 32 | offset))
-            views.append(canary.take(tensor, step, offset))
-        for which, views in groups.values():
-            rows = torch.stack(views).unbind(0)
-            for (index, where), row in zip(which, rows, strict=True):
-                frame.samples[index] = (row, where)
 
     def fall_back(self) -> None:
         """Drop everything; the module's forward runs again in the backward (rule 13)."""
@@ -361,7 +320,7 @@ class Call:
                 continue
             step = max(0, tensor.numel() // canary.NUM_SAMPLES)
             if tensor.is_contiguous():
-                frame.samples[handle.index] = (canary.take(tensor, step, 0).clone(), step << 32)
+                frame.samples[handle.index] = (canary.take(tensor, step, 0).clone(), step, 0)
             handle.frame = frame
             handle.tensor = None
         self.kept_frame = frame
@@ -390,3 +349,8 @@ class Call:
         self.link = self.upstream = None
         if self.tie is not None:
             self.tie.offer = None
+
+
+def _is_small(buffer: torch.Tensor) -> bool:
+    """Whether a buffer is copied into the frame: small, and a copy has its geometry."""
+    return buffer.nbytes <= SMALL_BUFFER_BYTES and buffer.is_contiguous() and covers(buffer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,8 +13,116 @@ from memfit.programs import Value
 
 NUM_SAMPLES = 24
 FEW_ULP = 4.0
+SMALL_BYTES = 4096
 
-Stride = tuple[tuple[int, ...], tuple[int, ...], int]
+_WORDS: dict[int, Any] = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class HostProbe:
+    """Samples one saved tensor in host memory. Reading words by address costs a tenth of a view and a comparison."""
+
+    __slots__ = ("_dtype", "_room", "_span", "_step", "_word", "_words")
+
+    def __init__(self, value: Value) -> None:
+        """Of a value that lies on the CPU and is not empty."""
+        size = value.dtype.itemsize
+        word = next(w for w in (8, 4, 2, 1) if size % w == 0)
+        length = _dense_run(value) * (size // word)
+        self._step = max(length // NUM_SAMPLES, 1)
+        self._span = min(length, self._step * (NUM_SAMPLES - 1) + 1)
+        self._room = length - self._span + 1
+        self._word = word
+        self._words = _WORDS[word] * length
+        self._dtype = value.dtype
+
+    def take(self, tensor: torch.Tensor, turn: int) -> list[int]:
+        """The words of the ``turn``-th sample, spread over the tensor's memory."""
+        offset = turn % self._room
+        words: list[int] = self._words.from_address(tensor.data_ptr())[offset : offset + self._span : self._step]
+        return words
+
+    def distance(self, now: list[int], then: list[int]) -> float:
+        """Units in the last place between two samples."""
+        word = self._word
+        a, b = (torch.tensor([_signed(w, word) for w in words], dtype=_INTEGERS[word]) for words in (now, then))
+        if self._dtype.is_floating_point and self._dtype.itemsize == word:
+            a, b = a.view(self._dtype), b.view(self._dtype)
+        return max_ulp(a, b)
+
+
+def _signed(word: int, size: int) -> int:
+    return word - (1 << 8 * size) if size > 1 and word >> (8 * size - 1) else word
+
+
+class DeviceProbe:
+    """Samples one saved tensor on its device, without a synchronization."""
+
+    __slots__ = ("_room", "_step")
+
+    def __init__(self, value: Value) -> None:
+        """Of a value that is not empty."""
+        self._step, self._room = pattern(value)
+
+    def view(self, tensor: torch.Tensor, turn: int) -> torch.Tensor:
+        """The ``turn``-th sample, spread over the tensor's memory."""
+        return take(tensor, self._step, turn % self._room)
+
+    def same(self, tensor: torch.Tensor, sample: torch.Tensor, turn: int) -> bool:
+        """Whether ``tensor`` shows the same sample."""
+        return same(tensor, sample, self._step, turn % self._room)
+
+    def distance(self, tensor: torch.Tensor, sample: torch.Tensor, turn: int) -> float:
+        """Units in the last place between a tensor and its sample."""
+        return distance(tensor, sample, self._step, turn % self._room)
+
+
+class Probes:
+    """Where the canary samples the saved tensors that a policy drops."""
+
+    __slots__ = ("device", "host")
+
+    def __init__(self, saved: Iterable[tuple[int, Value, torch.device]]) -> None:
+        """Of dropped saved tensors: their index, what they are, and where they lie."""
+        self.host: dict[int, HostProbe] = {}
+        self.device: dict[int, DeviceProbe] = {}
+        for index, value, device in saved:
+            if 0 in value.size:
+                continue
+            if device.type == "cpu":
+                self.host[index] = HostProbe(value)
+            else:
+                self.device[index] = DeviceProbe(value)
+
+
+class Samples:
+    """What the saved tensors of one call looked like where the canary looks."""
+
+    __slots__ = ("_probes", "_taken", "_turn")
+
+    def __init__(self, probes: Probes, tensors: dict[int, torch.Tensor], turn: int) -> None:
+        """Take them from ``tensors``, by index; ``turn`` says where."""
+        self._probes = probes
+        self._turn = turn
+        self._taken: dict[int, Any] = {i: probe.take(tensors[i], turn) for i, probe in probes.host.items()}
+        if probes.device:
+            groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+            for i in probes.device:
+                groups.setdefault((tensors[i].dtype, tensors[i].device), []).append(i)
+            for group in groups.values():
+                rows = torch.stack([probes.device[i].view(tensors[i], turn) for i in group])
+                self._taken.update(zip(group, rows.unbind(0), strict=True))
+
+    def differs(self, index: int, value: torch.Tensor) -> float | None:
+        """Units in the last place by which a recomputed value differs where it was sampled, or ``None``."""
+        probe = self._probes.host.get(index)
+        if probe is not None:
+            now, then = probe.take(value, self._turn), self._taken[index]
+            return None if now == then else probe.distance(now, then)
+        there = self._probes.device.get(index)
+        if there is None or there.same(value, self._taken[index], self._turn):
+            return None
+        return there.distance(value, self._taken[index], self._turn)
 
 
 def pattern(value: Value) -> tuple[int, int]:
@@ -45,22 +155,51 @@ def take(tensor: torch.Tensor, step: int, offset: int) -> torch.Tensor:
     return tensor.as_strided((NUM_SAMPLES,), (step,), tensor.storage_offset() + offset)
 
 
-def same(value: torch.Tensor, sample: torch.Tensor, where: int) -> bool:
-    """Whether ``value`` shows the same sample. ``where`` encodes step and offset: ``step << 32 | offset``."""
-    now = take(value, where >> 32, where & 0xFFFFFFFF)
+def same(value: torch.Tensor, sample: torch.Tensor, step: int, offset: int) -> bool:
+    """Whether ``value`` shows the same sample at that step and offset."""
+    now = value.as_strided((NUM_SAMPLES,), (step,), value.storage_offset() + offset)
     if torch.equal(now, sample):
         return True
     return torch.equal(as_integers(now.clone()), as_integers(sample))  # NaN equals NaN
 
 
-def distance(value: torch.Tensor, sample: torch.Tensor, where: int) -> float:
+def distance(value: torch.Tensor, sample: torch.Tensor, step: int, offset: int) -> float:
     """Units in the last place between a value and its sample."""
-    return max_ulp(take(value, where >> 32, where & 0xFFFFFFFF).clone(), sample)
+    return max_ulp(take(value, step, offset).clone(), sample)
 
 
-def same_hash(value: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether all bits of ``value`` hash as they did in the forward."""
-    return torch.equal(hash_on_device(value), expected)
+def all_bits(value: torch.Tensor) -> torch.Tensor:
+    """What tells all bits of ``value`` from others: their hash, or a copy where that is smaller work."""
+    return as_integers(value.clone()) if _small(value) else hash_on_device(value)
+
+
+def same_bits(value: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether `all_bits` are as they were in the forward."""
+    return torch.equal(as_integers(value) if _small(value) else hash_on_device(value), expected)
+
+
+def _small(value: torch.Tensor) -> bool:
+    return value.numel() * value.element_size() <= SMALL_BYTES
+
+
+class Turns:
+    """Whose bits are hashed: one call per program and step, in turn."""
+
+    __slots__ = ("_before", "_now", "_step")
+
+    def __init__(self) -> None:
+        """Nothing has been called yet."""
+        self._step = -1
+        self._now: dict[str, int] = {}
+        self._before: dict[str, int] = {}
+
+    def due(self, program: str, step: int) -> bool:
+        """Whether this call is the one; to be asked once per call."""
+        if step != self._step:
+            self._step, self._before, self._now = step, self._now, {}
+        place = self._now.get(program, 0)
+        self._now[program] = place + 1
+        return place == step % self._before.get(program, 1)
 
 
 def meta(tensor: torch.Tensor) -> tuple[Any, ...]:

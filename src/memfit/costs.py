@@ -7,6 +7,8 @@ counted once however many views are saved; parameters and what the block's surro
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from memfit.profiles import Node, NodeKind, OpCost, ProgramProfile
 from memfit.programs import Program, ProgramNode
 from memfit.timeline import backward_timeline
@@ -15,19 +17,25 @@ COPY_BYTES_PER_SECOND = {"cpu": 6e9, "cuda": 1e12}
 """Rough rates of an element-wise pass, for narrowing; they decide only between forms of the same value."""
 
 
-def profile_program(program: Program, held: frozenset[int] = frozenset()) -> ProgramProfile:
+def profile_program(
+    program: Program, *, held: Set[int] = frozenset(), demoted: Set[int] = frozenset()
+) -> ProgramProfile:
     """Reduce a recording to numbers.
 
     Args:
         program: A verified recording.
         held: Nodes whose storage something else was seen to keep alive: keeping them is free, dropping them frees
             nothing.
+        demoted: Nodes that recipes were seen to bring back with other bits: they are kept, and that costs.
     """
     saved_nodes = [s.value.node for s in program.saved]
     counts = {n: saved_nodes.count(n) for n in set(saved_nodes)}
     measured = sum(op.seconds for op in program.ops)
     scale = min(1.0, program.forward_seconds / measured) if measured > 0 else 1.0
-    nodes = tuple(_node(program, i, node, counts.get(i, 0), i in held) for i, node in enumerate(program.nodes))
+    nodes = tuple(
+        _node(program, i, node, counts.get(i, 0), held=i in held, demoted=i in demoted)
+        for i, node in enumerate(program.nodes)
+    )
     costs = tuple(
         OpCost(
             name=str(op.func),
@@ -51,7 +59,7 @@ def profile_program(program: Program, held: frozenset[int] = frozenset()) -> Pro
     )
 
 
-def _node(program: Program, index: int, node: ProgramNode, num_saved: int, held: bool) -> Node:
+def _node(program: Program, index: int, node: ProgramNode, num_saved: int, *, held: bool, demoted: bool) -> Node:
     kind: NodeKind = "computed"
     keep: int | None = None
     must_keep = False
@@ -64,7 +72,7 @@ def _node(program: Program, index: int, node: ProgramNode, num_saved: int, held:
         keep, must_keep = (0, True) if num_saved else (None, False)
     elif num_saved:
         keep = 0 if node.output or held else node.storage_bytes
-        must_keep = not node.recomputable or node.custom
+        must_keep = not node.recomputable or node.custom or demoted
     narrow = None
     if num_saved and kind == "computed" and not must_keep and _is_whole(program, index):
         if node.mask_scale is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from memfit.checks import Checks
 from memfit.errors import MemfitError
 from memfit.plans import Policy
 from memfit.programs import Program
@@ -24,9 +25,12 @@ class ProgramState:
         self.members = 0
         self.demoted: set[int] = set()
         self.version = 0
+        self.epoch = 0  # recordings made in an earlier one are not believed
         self._compiled: dict[tuple[Policy | None, int], CompiledPolicy] = {}
-        self.checks = _checks(program)
+        self.checks = Checks(program)
+        self.saved_leaves = saved_leaves(program)
         self.held: frozenset[int] = frozenset()
+        self._freed: set[int] = set()
 
     def compile(self, policy: Policy | None) -> CompiledPolicy:
         """The policy (``None``: keep everything) with demoted values kept."""
@@ -56,6 +60,18 @@ class ProgramState:
         """Keep a value from now on: replayed, it was not the same."""
         self.demoted.add(node)
         self.version += 1
+
+    def saw_held(self, alive: set[int], *, freed: set[int]) -> None:
+        """Nodes whose storages outlived being dropped, and nodes whose did not: held is what every call saw alive."""
+        self._freed |= freed
+        held = (self.held | alive) - self._freed
+        if held != self.held:
+            self.held = frozenset(held)
+            self.version += 1
+
+    def distrust(self) -> None:
+        """A recipe was wrong: whoever runs this program is recorded again."""
+        self.epoch += 1
 
     def demoter(self, runtime: Runtime, block: str) -> Callable[[int, float], None]:
         """For frames that see a difference of a few ulp."""
@@ -87,11 +103,12 @@ class ProgramState:
 class Entry:
     """One signature of one block: which program it runs, and how far it is trusted."""
 
-    __slots__ = ("calls", "record_after", "record_again", "recordings", "state", "verified")
+    __slots__ = ("calls", "epoch", "record_after", "record_again", "recordings", "state", "verified")
 
     def __init__(self, state: ProgramState) -> None:
         """Nothing verified yet."""
         self.state = state
+        self.epoch = state.epoch
         self.calls = 0
         self.verified = 0
         self.recordings = 0
@@ -99,22 +116,8 @@ class Entry:
         self.record_again = False
 
 
-def _checks(program: Program) -> list[tuple[Any, ...]]:
-    """What a call's packed tensors must show, one flat tuple each."""
-    checks = []
-    for saved in program.saved:
-        node = program.nodes[saved.value.node]
-        known = saved.is_leaf or node.producer is not None
-        checks.append(
-            (
-                saved.value.size,
-                saved.value.stride,
-                saved.value.dtype,
-                saved.version if node.producer is not None and not saved.is_leaf else None,
-                saved.value.offset * saved.value.dtype.itemsize,
-                node.storage if known else -1,
-                saved.constant,
-                saved.device,
-            )
-        )
-    return checks
+def saved_leaves(program: Program) -> tuple[tuple[int, int, int], ...]:
+    """Leaves that autograd saves: node, storage, and the byte in the storage at which the leaf begins."""
+    numbers = sorted({saved.value.node for saved in program.saved if saved.is_leaf})
+    nodes = [(number, program.nodes[number]) for number in numbers]
+    return tuple((n, node.storage, node.value.offset * node.value.dtype.itemsize) for n, node in nodes)

@@ -48,7 +48,7 @@ class ReplayOfModule:
         self.kwargs = kwargs
         self.lock = threading.RLock()
         self.metas: list[tuple[Any, ...]] = []
-        self.samples: dict[int, tuple[torch.Tensor, int]] = {}
+        self.samples: dict[int, tuple[torch.Tensor, int, int]] = {}
         self.states: dict[torch.device, torch.Tensor] = {}
         self.autocast: tuple[str, Any, bool] | None = None
         self.values: dict[int, torch.Tensor] = {}
@@ -60,7 +60,7 @@ class ReplayOfModule:
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle."""
-        with self.lock:
+        with self.lock, torch._C._DisableTorchDispatch():
             if not self.touched:
                 self.touched = True
                 if self.listener is not None:
@@ -77,7 +77,7 @@ class ReplayOfModule:
             if task == -1:
                 self.values.clear()
             sample = self.samples.get(handle.index)
-            if sample is not None and not canary.same(value, sample[0], sample[1]):
+            if sample is not None and not canary.same(value, *sample):
                 raise RecomputeError(
                     self.block,
                     f"saved tensor {handle.index} {list(value.shape)}",

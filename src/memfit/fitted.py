@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from memfit.host import allocator
+from memfit.limits import limits
 from memfit.plans import Plan
 from memfit.profiler import Profiler
 from memfit.profiles import StepProfile
 from memfit.solver.peak import simulate
-
-TRIM_SHARE = {"tcmalloc": 0.88, "jemalloc": 0.88, "glibc": 0.75}
-"""Events above this share of the peak: before them freed memory is handed back. glibc hands nothing back by itself."""
 
 
 class Fitted:
@@ -19,6 +14,7 @@ class Fitted:
 
     __slots__ = (
         "forward_bytes",
+        "limits",
         "names",
         "peak",
         "plan",
@@ -29,7 +25,6 @@ class Fitted:
         "stale",
         "state_reserved",
         "steps",
-        "trims",
     )
 
     def __init__(
@@ -46,14 +41,16 @@ class Fitted:
         self.profiler = profiler
         self.profile = profile
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
-        events = simulate(profile, plan).events
-        self.trims = _trims(profile, events, indices)
+        simulation = simulate(profile, plan)
+        events = simulation.events
+        budget = plan.budget_bytes if plan.budget_bytes is not None else plan.predicted_peak_bytes
+        self.limits = limits(profile, simulation, indices, budget)
         plain = {
             key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed")
             for key, p in profile.programs.items()
         }
         self.forward_bytes = {
-            indices[event.call]: size + plain[profile.calls[event.call].program]
+            indices[event.call]: (size, plain[profile.calls[event.call].program])
             for event, (_, size) in zip(profile.events, events, strict=True)
             if event.kind == "forward" and event.call is not None
         }
@@ -62,28 +59,3 @@ class Fitted:
         self.peak = 0
         self.steps = 0
         self.state_reserved = state_reserved
-
-
-def _trims(
-    profile: StepProfile, events: Sequence[tuple[str, int]], indices: list[int]
-) -> tuple[frozenset[int], frozenset[int]]:
-    """Before which events freed memory is handed back: those near the peak, where what lies free and scattered counts.
-
-    Returns:
-        Block calls after whose forward, and before whose backward.
-    """
-    limit = TRIM_SHARE.get(allocator(), 0.75) * max((size for _, size in events), default=0)
-    after: set[int] = set()
-    before: set[int] = set()
-    last: int | None = None
-    for event, (_, size) in zip(profile.events, events, strict=True):
-        if size >= limit:
-            if event.kind == "backward" and event.call is not None:
-                before.add(indices[event.call])
-            elif event.kind == "forward" and last is not None:
-                after.add(indices[last])
-            elif event.name == "loss" and indices:
-                after.add(indices[-1])
-        if event.kind == "forward":
-            last = event.call
-    return frozenset(after), frozenset(before)

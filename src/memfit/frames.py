@@ -15,11 +15,13 @@ import torch
 
 from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
-from memfit.replay import NARROW, CompiledPolicy, Restorer, view_of, widen
+from memfit.narrowing import widen
+from memfit.replay import NARROW, CompiledPolicy, Restorer, view_of
 from memfit.signature import numeric_flags, set_numeric_flags
 
 if TYPE_CHECKING:
     from memfit.fallback import ReplayOfModule
+    from memfit.holders import Holders
     from memfit.links import Upstream
 
 Cell = tuple[int, torch.Tensor, int]
@@ -53,6 +55,9 @@ def unpack(handle: Handle) -> torch.Tensor:
     frame = handle.frame
     if frame is not None:
         return frame.unpack(handle)
+    tensor = handle.tensor
+    if tensor is not None and tensor._version == handle.version:
+        return tensor
     return kept(handle)
 
 
@@ -96,8 +101,10 @@ class Frame:
         "block",
         "compiled",
         "demote",
+        "distrust",
         "flags",
         "hashes",
+        "holders",
         "listener",
         "lock",
         "parameters",
@@ -119,20 +126,31 @@ class Frame:
         self.restorer: Restorer | None = None
         self.states: dict[int, dict[Any, torch.Tensor]] | None = None
         self.parameters: dict[int, tuple[torch.Tensor, int, int]] = {}
-        self.samples: dict[int, tuple[torch.Tensor, int]] = {}
+        self.samples: canary.Samples | None = None
         self.hashes: dict[int, torch.Tensor] | None = None
+        self.holders: Holders | None = None
         self.flags: tuple[Any, ...] = ()
         self.same_flags = True
         self.listener: Callable[[], None] | None = None
         self.demote: Callable[[int, float], None] | None = None
+        self.distrust: Callable[[], None] | None = None
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle: as kept, widened, or brought back by its recipe."""
+        if torch._C._len_torch_dispatch_stack():
+            with torch._C._DisableTorchDispatch():  # what Memfit does is nobody's business
+                return self._unpack(handle)
+        return self._unpack(handle)
+
+    def _unpack(self, handle: Handle) -> torch.Tensor:
         with self.lock:
             if not self.touched:
                 self.touched = True
                 if self.listener is not None:
                     self.listener()
+                if self.holders is not None:
+                    self.holders.look()
+                    self.holders = None
             if handle.tensor is not None:
                 return self._kept(handle)
             task = torch._C._current_graph_task_id()
@@ -140,20 +158,24 @@ class Frame:
                 self._begin(task)
             restorer = self.restorer
             assert restorer is not None
-            if handle.link is not None:
-                self._bring_input(handle.index, handle.link, restorer)
-            leaves = [(node, self._checked(node, tensor, version)) for node, tensor, version in handle.leaves]
-            if not restorer.has(handle.index):
-                self._add_parameters(self.compiled.parameters[handle.index], leaves)
+            value = restorer.take(handle.index)
+            if value is None:
+                value = self._restore(restorer, handle)
             if task == -1:
                 self.restorer = None  # not in a backward pass: somebody looks at a graph; keep nothing
-            if self.same_flags:
-                value = restorer.restore(handle.index, leaves)
-            else:
-                with set_numeric_flags(self.flags):
-                    value = restorer.restore(handle.index, leaves)
             self._check(handle.index, value)
             return value
+
+    def _restore(self, restorer: Restorer, handle: Handle) -> torch.Tensor:
+        """Run the recipe of a handle."""
+        if handle.link is not None:
+            self._bring_input(handle.index, handle.link, restorer)
+        leaves = [(node, self._checked(node, tensor, version)) for node, tensor, version in handle.leaves]
+        self._add_parameters(self.compiled.parameters[handle.index], leaves)
+        if self.same_flags:
+            return restorer.restore(handle.index, leaves)
+        with set_numeric_flags(self.flags):
+            return restorer.restore(handle.index, leaves)
 
     def _kept(self, handle: Handle) -> torch.Tensor:
         tensor = kept(handle)
@@ -169,7 +191,7 @@ class Frame:
     def _begin(self, task: int) -> None:
         """The first dropped value in this backward pass."""
         self.task = task
-        self.same_flags = self.flags == numeric_flags()
+        self.same_flags = self.flags == passes.flags(task)
         self.restorer = Restorer(self.compiled, self.states)
         if task != -1:
             passes.add(task, self)
@@ -199,9 +221,9 @@ class Frame:
         """Have the linked input there, if what follows reads it."""
         node = self.compiled.policy.linked
         assert node is not None
-        if self.compiled.program.saved[index].value.node == node:
-            link.check(self.block)
         if restorer.wants(index, node):
+            if any(value.node == node for value in self.compiled.values):
+                link.check(self.block)
             restorer.env[node] = link.restore()
 
     def _add_parameters(self, nodes: tuple[int, ...], leaves: list[tuple[int, torch.Tensor]]) -> None:
@@ -224,12 +246,14 @@ class Frame:
 
     def _check(self, index: int, value: torch.Tensor) -> None:
         """The canary of rule 4."""
-        sample = self.samples.get(index)
-        if sample is not None and not canary.same(value, sample[0], sample[1]):
-            self._differs(index, canary.distance(value, sample[0], sample[1]))
+        if self.samples is not None:
+            ulp = self.samples.differs(index, value)
+            if ulp is not None:
+                self._differs(index, ulp)
+                return
         if self.hashes is not None:
             expected = self.hashes.get(index)
-            if expected is not None and not canary.same_hash(value, expected):
+            if expected is not None and not canary.same_bits(value, expected):
                 self._differs(index, float("nan"))
 
     def _differs(self, index: int, ulp: float) -> None:
@@ -239,13 +263,15 @@ class Frame:
         if ulp <= canary.FEW_ULP and self.demote is not None:
             self.demote(value.node, ulp)
             return
+        if self.distrust is not None:
+            self.distrust()
         raise RecomputeError(
             self.block,
             f"saved tensor {index} {list(value.size)}",
             recipe or "the block's input",
             "The recomputed value is not what the forward saved: something outside the block's arguments, parameters "
-            "and attributes changed what it computes. Step again without Memfit for this block, or make the change "
-            "visible as an argument or attribute.",
+            "and attributes changed what it computes. Drop this step's gradients and step again: the block is recorded "
+            "anew. If that comes back, exclude the block with `blocks=`, or make the change an argument or attribute.",
         )
 
 
@@ -255,6 +281,15 @@ class _Passes:
     def __init__(self) -> None:
         self._frames: dict[int, list[Frame | ReplayOfModule]] = {}
         self._lock = threading.Lock()
+        self._flags: tuple[int, tuple[Any, ...]] = (-1, ())
+
+    def flags(self, task: int) -> tuple[Any, ...]:
+        """The numeric flags under which a pass runs, read once."""
+        known, flags = self._flags
+        if known != task or task == -1:
+            flags = numeric_flags()
+            self._flags = (task, flags)
+        return flags
 
     def add(self, task: int, frame: Frame | ReplayOfModule) -> None:
         with self._lock:

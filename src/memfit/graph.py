@@ -89,4 +89,9 @@ def _scalars(node: Any) -> tuple[Any, ...]:
         value = getattr(node, name)
         if isinstance(value, (bool, int, float, str, complex, tuple, list)) or value is None:
             found.append((name, repr(value)))
+    other = getattr(node, "_raw_saved_other", None)
+    if other is not None and getattr(other, "unpack_hook", other) is None:
+        number = other.data  # `x * 1.7`: a Python number passes by every hook
+        if isinstance(number, torch.Tensor) and number.dim() == 0 and number.device.type == "cpu":
+            found.append(("_saved_other", repr(number.item())))
     return tuple(found)

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from memfit import host
 from memfit.blocks import find_blocks
 from memfit.costs import profile_program
 from memfit.entries import ProgramState
@@ -25,7 +24,8 @@ from memfit.errors import InfeasibleBudgetError, ModelError
 from memfit.fingerprints import fingerprint
 from memfit.fitted import Fitted
 from memfit.hooks import ModelHook, OptimizerHook
-from memfit.memory import Meter, allocator, meter
+from memfit.limits import Limits
+from memfit.memory import Meter, meter
 from memfit.modes import Modes
 from memfit.plans import Plan, Policy
 from memfit.profiler import Now, Profiler, step_profile
@@ -33,20 +33,14 @@ from memfit.profiles import ProgramProfile, StepProfile
 from memfit.report.text import render
 from memfit.request import Request
 from memfit.runtime import Runtime
+from memfit.slack import Slack
 from memfit.solver.frontier import block_options
 from memfit.solver.planner import solve
 from memfit.summaries import block_rows, describe, unplanned_row
 from memfit.training import TrainingState
 
 MAX_SEQUENCES = 64
-MAX_CORRECTIONS = 4
-SLACK_SHARE = {"tcmalloc": 0.06, "jemalloc": 0.08, "glibc": 0.15}
-"""Of what a plan moves, for what an allocator cannot use again; learnt from the first planned steps afterwards."""
-SLACK_FLOOR = 6 * 2**20
-SETTLED_STEPS = 3
-RELEASED_STEPS = 6
-ROOM_SHARE = 0.025
-"""After so many planned steps, a plan that left more than this share of the budget unused is made again."""
+NO_LIMITS = Limits()
 
 
 class Handle:
@@ -74,15 +68,15 @@ class Handle:
         self._programs: dict[str, tuple[int, ProgramProfile]] = {}
         self._plans: dict[tuple[tuple[str, str], ...], Fitted] = {}
         self._active: Fitted | None = None
-        self._unplanned = False
+        self._unplanned = self._last_was_unplanned = False
         self._profiler: Profiler | None = None
         self._pending: tuple[Profiler, list[tuple[str, str]]] | None = None
         self._removed = False
         self._steps = 0
         self._measured: int | None = None
         self._peak_open = False
-        self._corrections = 0
-        self._slack = 0
+        self._highest = 0
+        self._slack = Slack(device.type)
         self._clock = 0.0
         self._seconds: list[float] = []
         self._planned_step = False
@@ -95,6 +89,8 @@ class Handle:
         self.runtime = Runtime(model, [] if self._measures_only else found)
         self.runtime.choose = self._choose
         self.runtime.has_room = self._has_room
+        if device.type == "cpu":
+            self.runtime.keep_under = self._keep_under
         self.runtime.step_began = self._step_began
         request.number(self._block_names)
         self._hooks = [
@@ -141,7 +137,7 @@ class Handle:
     def _choose(self, state: ProgramState, index: int, name: str) -> Policy | None:
         fitted = self._active
         if index == 0:
-            self.runtime.trim_after = self.runtime.trim_before = frozenset()
+            self.runtime.limits = NO_LIMITS
         if fitted is not None and not self._unplanned:
             policy = fitted.policies.get(index)
             if policy is not None and policy.program == state.key and fitted.names[index] == name:
@@ -150,6 +146,7 @@ class Handle:
                 policy = other.policies.get(index)
                 if policy is not None and policy.program == state.key and other.names.get(index) == name:
                     self._active = other
+                    self.runtime.limits = other.limits
                     return policy
         if index == 0:
             self._active = None
@@ -158,7 +155,7 @@ class Handle:
                 if policy is not None and policy.program == state.key and other.names.get(0) == name:
                     self._active = other
                     self._unplanned = False
-                    self.runtime.trim_after, self.runtime.trim_before = other.trims
+                    self._set_limits(other.limits)
                     return policy
         self._unplanned = True
         return self._request.first(self._profile(state), name)
@@ -168,12 +165,25 @@ class Handle:
         if not isinstance(self._budget, int):
             return self._budget is None
         fitted = self._active
-        return fitted is not None and fitted.forward_bytes.get(index, self._budget) <= self._budget - self._slack
+        if fitted is None or index not in fitted.forward_bytes:
+            return False
+        predicted, twice = fitted.forward_bytes[index]
+        return predicted + twice <= self._budget - self._slack.bytes and self._meter.now() + twice <= self._budget
+
+    def _set_limits(self, limits: Limits) -> None:
+        self.runtime.limits = limits
+        if limits.start is not None:
+            self._keep_under(limits.start)
+
+    def _keep_under(self, limit: int) -> None:
+        if self._meter.now() > limit:
+            self._meter.release()
 
     def _profile(self, state: ProgramState) -> ProgramProfile:
         known = self._programs.get(state.key)
         if known is None or known[0] != state.version:
-            known = (state.version, profile_program(state.program, state.held | frozenset(state.demoted)))
+            known = (state.version, profile_program(state.program, held=state.held, demoted=state.demoted))
+            self._programs = {key: p for key, p in self._programs.items() if key in self.runtime.states}
             self._programs[state.key] = known
         return known[1]
 
@@ -196,13 +206,10 @@ class Handle:
             self.runtime.listener = self._profiler
             self._clock = 0.0
         else:
-            if self._device.type == "cpu" and self._steps <= RELEASED_STEPS:
-                self._meter.release()  # what recording, verifying and solving took
             self._meter.reset_peak()
+            self._highest = 0
             self._peak_open = True
         self._planned_step = bool(self._plans) or self._measures_only
-
-    _last_was_unplanned = False
 
     def _finish_step(self) -> None:
         """What the step that ended has shown."""
@@ -221,32 +228,12 @@ class Handle:
                 self._last_was_unplanned = False
         elif self._peak_open and not self._unplanned:
             self._peak_open = False
-            peak = self._meter.peak()
+            peak = max(self._highest, self._meter.peak())
             if self._planned_step:
                 self._measured = peak if self._measured is None else max(self._measured, peak)
-                self._correct(peak)
+                if self._active is not None and isinstance(self._budget, int):
+                    self._slack.learn(self._active, peak_bytes=peak, budget=self._budget)
         self._peak_open = False
-
-    def _correct(self, peak: int) -> None:
-        """Compare with the prediction; a plan that broke its budget is made again with what was learnt."""
-        fitted, plan = self._active, self.plan
-        if fitted is None or plan is None or not isinstance(self._budget, int) or self._corrections >= MAX_CORRECTIONS:
-            return
-        raw = fitted.raw_peak
-        fitted.peak = max(fitted.peak, peak)
-        fitted.steps += 1
-        if peak > self._budget:
-            self._corrections += 1
-            self._slack = max(self._slack, peak - raw) + SLACK_FLOOR
-            fitted.stale = True
-        elif (
-            fitted.steps == SETTLED_STEPS
-            and plan.recompute_seconds > 0
-            and self._budget - fitted.peak > ROOM_SHARE * self._budget
-        ):
-            self._corrections += 1
-            self._slack = max(0, fitted.peak - raw) + max(SLACK_FLOOR, int(0.01 * self._budget))
-            fitted.stale = True
 
     def _settle_plan(self) -> None:
         """Solve for what the last step showed, and again when the optimizer's state has been born."""
@@ -261,6 +248,9 @@ class Handle:
     def _fit_sequence(self, profiler: Profiler, sequence: tuple[tuple[str, str], ...]) -> None:
         reading = profiler.reading
         states = self.runtime.states
+        if any(key and key not in states for _, key in sequence):
+            self._plans.pop(sequence, None)  # made for programs that have been forgotten
+            return
         programs = {key: self._profile(states[key]) for _, key in sequence if key in states}
         resident = self._training.gradient_bytes()
         if not self._plans:
@@ -283,11 +273,10 @@ class Handle:
         base = self._meter.now()
         dynamic = max(0, plan.predicted_peak_bytes - base)
         if isinstance(self._budget, int) and not self._request.decides:
-            share = SLACK_SHARE.get(allocator(), 0.1) if self._device.type == "cpu" else 0.05
-            self._slack = max(self._slack, int(share * dynamic) + SLACK_FLOOR)
+            self._slack.expect(dynamic)
             plan = self._within_budget(profile, self._budget)
         raw = plan.predicted_peak_bytes
-        predicted = raw + (self._slack if self._budget is not None else 0)
+        predicted = raw + (self._slack.bytes if self._budget is not None else 0)
         if isinstance(self._budget, int):
             predicted = max(raw, min(predicted, self._budget))
         self.plan = _with_peak(plan, predicted, self._budget)
@@ -295,8 +284,6 @@ class Handle:
         if len(self._plans) >= MAX_SEQUENCES:
             self._plans.pop(next(iter(self._plans)))
         self._plans[sequence] = fitted
-        if self._budget is not None and self._device.type == "cpu":
-            self.runtime.trim = host.release
 
     def _warm_up(self, programs: dict[str, ProgramProfile]) -> None:
         """Let the solver's code and workspaces grow the process before it is measured."""
@@ -306,14 +293,14 @@ class Handle:
     def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
         """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
         try:
-            return self._solve(profile, budget, self._slack)
+            return self._solve(profile, budget, self._slack.bytes)
         except InfeasibleBudgetError as error:
-            smallest = error.minimum - self._slack
+            smallest = error.minimum - self._slack.bytes
             if smallest > budget:
                 self.remove()
                 raise InfeasibleBudgetError(budget, smallest, error.event, error.advice) from None
-            self._slack = budget - smallest
-            return self._solve(profile, budget, self._slack)
+            self._slack.bytes = budget - smallest
+            return self._solve(profile, budget, self._slack.bytes)
 
     def _solve(self, profile: StepProfile, budget: int, slack: int) -> Plan:
         return solve(profile, budget=budget, margin_bytes=slack, model=self._name, fingerprint=self._fingerprint)
@@ -332,6 +319,8 @@ class Handle:
         self._training.stepped(optimizer)
         if self._profiler is not None:
             self._profiler.optimizer_stepped(self._training.state_bytes())
+        elif self._peak_open:
+            self._highest = max(self._highest, self._meter.peak())  # somebody else may begin a new peak before we do
         self.runtime.generation += 1
 
     def forward_event(self, module: torch.nn.Module, *, before: bool) -> None:
@@ -348,6 +337,11 @@ class Handle:
         return sorted(self._seconds)[len(self._seconds) // 2]
 
     # Reporting
+
+    @property
+    def profile(self) -> StepProfile | None:
+        """What a step costs, as the solver saw it; ``None`` before the first step."""
+        return self._active.profile if self._active is not None else None
 
     def report(self) -> str:
         """What was decided, predicted and measured, as text."""

@@ -79,7 +79,7 @@ class PreHook:
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and self.runtime is not None and self.block is not None:
-            self.runtime.before(self.block, args, kwargs)
+            self.runtime.before(self.block, module, args, kwargs)
 
     def __deepcopy__(self, memo: Any) -> PreHook:
         return PreHook(None, None)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,10 @@ from memfit.solver.links import kept_input
 
 if TYPE_CHECKING:
     from memfit.calls import Call
+    from memfit.entries import ProgramState
     from memfit.frames import Cell, Frame
 
+Choose = Callable[["ProgramState", int, str], Policy | None]
 _GIVEN = -1
 """Where an environment holds what one call hands to the next."""
 
@@ -193,7 +196,9 @@ class Links:
         self._local = threading.local()
 
     def leave(self, call: Call, output: Any, calls: list[Call], *, watched: bool) -> None:
-        """A call that was replayed ends; if ``watched``, somebody will ask for its `Tie`."""
+        """A call ends; if ``watched``, somebody will ask for its `Tie`."""
+        if call.mode != "replay" or not (watched or call.upstream is not None):
+            return
         if call.tie is not None and watched:
             call.tie.link = _linked_nodes(call)
             call.tie.holders = _holders(call)
@@ -203,6 +208,8 @@ class Links:
 
     def enter(self, call: Call, calls: list[Call]) -> None:
         """A call begins: is one of its arguments what the call before it returned?"""
+        if not self.used:
+            return
         offer, self._local.offer = getattr(self._local, "offer", None), None
         if offer is None or offer.calls is not calls or offer.index != call.index - 1:
             return
@@ -210,15 +217,16 @@ class Links:
         if found is not None:
             call.tie = Tie(found[0], found[1], offer)
 
-    def forget(self) -> None:
-        """Withdraw this thread's offer."""
-        self._local.offer = None
+    def accept(self, call: Call, state: ProgramState, choose: Choose, calls: list[Call]) -> Policy | None:
+        """The policy for a call: as chosen if its dropped input can come back, else with that input kept."""
+        self.enter(call, calls)
+        policy = choose(state, call.index, call.block.name)
+        return policy if policy is None or policy.linked is None else _linked(call, state.program, policy)
 
 
-def accept(call: Call, program: Program, policy: Policy | None) -> Policy | None:
-    """The policy for a call: as given if its dropped input can come back, else with that input kept."""
-    if policy is None or policy.linked is None:
-        return policy
+def _linked(call: Call, program: Program, policy: Policy) -> Policy:
+    """The policy, and its way back to the input in ``call.link``; or that input kept."""
+    assert policy.linked is not None
     tie = call.tie
     offer = tie.offer if tie is not None else None
     if tie is None or offer is None or offer.frame is None or offer.cells is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memfit.frames import Handle
+from memfit.storages import PLAIN_TYPES
 
 if TYPE_CHECKING:
     from memfit.calls import Call
@@ -33,8 +34,11 @@ def park(call: Call) -> Callable[[torch.Tensor], Handle]:
 
     def pack_recorded(tensor: torch.Tensor) -> Handle:
         assert recorder is not None
-        with torch._C._DisableTorchDispatch():
-            alias = tensor.detach()
+        if type(tensor) in PLAIN_TYPES:
+            with torch._C._DisableTorchDispatch():
+                alias = tensor.detach()
+        else:
+            alias = tensor.detach()  # only its class knows how: below it there may be no memory
         if recorder.is_stale():
             return Handle(alias, -1)
         handle = Handle(alias, len(handles))

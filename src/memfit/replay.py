@@ -34,6 +34,7 @@ class CompiledPolicy:
     Attributes:
         policy: What was compiled.
         program: For which program.
+        values: Per saved tensor: the view that it is.
         actions: Per saved tensor: `SAVE`, `RECOMPUTE` or `NARROW`.
         closures: Per saved tensor: ops to run, in program order (empty where none is needed).
         leaves: Per saved tensor: nodes among inputs and kept values that its closure reads, itself included.
@@ -46,7 +47,9 @@ class CompiledPolicy:
         steps: Per op.
         snapshots: Number of packed tensors after which the generator's state is taken -> random ops.
         dropped: Saved tensors that are recomputed.
-        patterns: Where the canary samples each of them.
+        probes: Where the canary samples them.
+        narrow: Saved tensors that are kept in narrow form.
+        custom: Kept saved tensors of custom autograd Functions.
         narrowed: Kept node -> (narrow dtype or None for a mask, scale).
         reads_link: Saved tensors whose closure reads the linked input.
         returned: The recipe of the output that the next call's linked input is.
@@ -54,6 +57,7 @@ class CompiledPolicy:
 
     policy: Policy
     program: Program
+    values: list[Value]
     actions: list[int]
     closures: list[tuple[int, ...]]
     leaves: list[tuple[int, ...]]
@@ -67,9 +71,16 @@ class CompiledPolicy:
     snapshots: tuple[int, ...]
     narrowed: dict[int, tuple[torch.dtype | None, float]]
     dropped: tuple[int, ...]
-    patterns: tuple[tuple[int, int], ...]
     reads_link: frozenset[int]
     returned: OutputRecipe | None
+    probes: canary.Probes
+    narrow: tuple[int, ...]
+    custom: tuple[int, ...]
+
+    @property
+    def saves_all(self) -> bool:
+        """Whether every handle keeps its tensor as it is."""
+        return not (self.dropped or self.narrow or self.custom or self.returned)
 
 
 def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
@@ -102,15 +113,6 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
     inputs: dict[int, int] = {}
     all_ops: set[int] = set()
     reads_link: set[int] = set()
-
-    def hold(nodes: tuple[int, ...]) -> None:
-        for n in nodes:
-            leaf = program.nodes[n].leaf
-            if leaf is not None:
-                inputs[n] = leaf.index
-            else:
-                kept[n] = first_saved[n]
-
     for saved in program.saved:
         number = saved.value.node
         node = program.nodes[number]
@@ -130,12 +132,15 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         all_ops.update(ops)
         leaves.append(tuple(n for n in read if available[n] in ("kept", "input")))
         parameters.append(tuple(n for n in read if available[n] == "parameter"))
-        hold(leaves[-1])
         if any(available[n] == "link" for n in read):
             reads_link.add(len(closures) - 1)
     returned = output_recipe(program, policy.returned, available)
-    if returned is not None:
-        hold(returned.leaves)
+    for n in sorted({n for group in (*leaves, returned.leaves if returned else ()) for n in group}):
+        leaf = program.nodes[n].leaf
+        if leaf is not None:
+            inputs[n] = leaf.index
+        else:
+            kept[n] = first_saved[n]
     for n, index in kept.items():
         bases[n] = program.saved[index].value
     for number, node in enumerate(program.nodes):
@@ -158,6 +163,7 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
     return CompiledPolicy(
         policy=policy,
         program=program,
+        values=[saved.value for saved in program.saved],
         actions=actions,
         closures=closures,
         leaves=leaves,
@@ -173,9 +179,13 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         snapshots=tuple(sorted({s for i in all_ops if (s := program.ops[i].snapshot) is not None})),
         narrowed=narrowed,
         dropped=tuple(dropped),
-        patterns=tuple(canary.pattern(program.saved[i].value) for i in dropped),
         reads_link=frozenset(reads_link),
         returned=returned,
+        probes=canary.Probes((i, program.saved[i].value, program.saved[i].device) for i in dropped),
+        narrow=tuple(i for i, action in enumerate(actions) if action == NARROW),
+        custom=tuple(
+            i for i, s in enumerate(program.saved) if actions[i] == SAVE and program.nodes[s.value.node].custom
+        ),
     )
 
 
@@ -184,6 +194,11 @@ def view_of(base: torch.Tensor, value: Value, shown: Value) -> torch.Tensor:
     if value.size == shown.size and value.stride == shown.stride and value.offset == shown.offset:
         return base
     return base.as_strided(value.size, value.stride, base.storage_offset() + value.offset - shown.offset)
+
+
+def writable(base: torch.Tensor, shared: bool) -> torch.Tensor:
+    """What an in-place op of a recipe may write: ``base``, or a copy where somebody else will read it."""
+    return base.clone() if shared else base
 
 
 def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept: dict[int, int]) -> Step:
@@ -208,12 +223,14 @@ def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept
             return {key: build(item, env) for key, item in structure.items()}
         return structure
 
+    whole = tuple((i, value.node, None if value == bases[value.node] else value) for i, value in slots)
+
     def arguments(env: Environment) -> tuple[list[Any], dict[str, Any]]:
         if not flat:
             return [build(a, env) for a in template], build(kwargs, env)
         args = template.copy()
-        for i, value in slots:
-            args[i] = view_of(env[value.node], value, bases[value.node])
+        for i, node, value in whole:
+            args[i] = env[node] if value is None else view_of(env[node], value, bases[node])
         return args, kwargs
 
     def release(env: Environment, uses: list[int]) -> None:
@@ -247,9 +264,7 @@ def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept
             base = torch.empty_strided(target.size, target.stride, dtype=target.dtype, device=device)
             written = base
         else:
-            base = env[target.node]
-            if uses[target.node] > 1 or not owned:
-                base = base.clone()
+            base = writable(env[target.node], uses[target.node] > 1 or not owned)
             written = view_of(base, target, bases[target.node])
         args, keywords = arguments(env)
         args[position] = written
@@ -269,7 +284,7 @@ class Restorer:
     Not thread-safe by itself: the frame holds its lock around `restore`.
     """
 
-    __slots__ = ("_compiled", "_done", "_given", "_states", "_uses", "env")
+    __slots__ = ("_bases", "_compiled", "_done", "_given", "_states", "_uses", "_values", "env")
 
     def __init__(self, compiled: CompiledPolicy, states: dict[int, dict[Any, torch.Tensor]] | None) -> None:
         """Start a pass.
@@ -279,25 +294,37 @@ class Restorer:
             states: Generator states by snapshot, see `CompiledPolicy.snapshots`.
         """
         self._compiled = compiled
+        self._bases = compiled.bases
+        self._values = compiled.values
         self._uses = compiled.uses.copy()
         self._done: set[int] = set()
         self._given: set[int] = set()
         self._states = states
         self.env: Environment = {}
 
-    def has(self, index: int) -> bool:
-        """Whether the saved tensor ``index`` can be given without running anything."""
-        return self._compiled.program.saved[index].value.node in self.env
+    def take(self, index: int) -> torch.Tensor | None:
+        """The saved tensor ``index`` if nothing has to run for it, else ``None``."""
+        value = self._values[index]
+        node = value.node
+        base = self.env.get(node)
+        if base is None:
+            return None
+        out = view_of(base, value, self._bases[node])
+        uses = self._uses
+        if index not in self._given:
+            self._given.add(index)
+            uses[node] -= 1
+        if uses[node] <= 0:
+            del self.env[node]
+        return out
 
     def wants(self, index: int, node: int) -> bool:
         """Whether bringing ``index`` back reads ``node``, which is not there."""
-        if node in self.env or self.has(index):
+        if node in self.env:
             return False
-        compiled = self._compiled
-        if compiled.program.saved[index].value.node == node:
-            return True
-        left = [i for i in compiled.closures[index] if i not in self._done] or compiled.closures[index]
-        return any(node in compiled.program.ops[i].inputs for i in left)
+        every = self._compiled.closures[index]
+        left = [i for i in every if i not in self._done] or every
+        return self._values[index].node == node or any(node in self._compiled.program.ops[i].inputs for i in left)
 
     def restore(self, index: int, leaves: Iterable[tuple[int, torch.Tensor]]) -> torch.Tensor:
         """The saved tensor ``index``, which the policy dropped.
@@ -306,33 +333,25 @@ class Restorer:
             index: Its position in pack order.
             leaves: What its closure may read, as (node, tensor); already checked.
         """
-        compiled = self._compiled
-        value = compiled.program.saved[index].value
-        env, uses = self.env, self._uses
-        base = env.get(value.node)
-        if base is None:
-            closure = [i for i in compiled.closures[index] if i not in self._done]
-            if not closure and compiled.closures[index]:  # asked for again in the same pass
-                again = Restorer(compiled, self._states)
-                linked = compiled.policy.linked
-                if linked is not None and linked in self.env:
-                    again.env[linked] = self.env[linked] if self._uses[linked] > 0 else self.env.pop(linked)
+        compiled, env, uses = self._compiled, self.env, self._uses
+        node = self._values[index].node
+        if node not in env:
+            if compiled.program.nodes[node].producer in self._done:
+                again = Restorer(compiled, self._states)  # asked for again in the same pass
+                again.env.update(env)
                 return again.restore(index, leaves)
-            for node, tensor in leaves:
-                env[node] = tensor
-            run_ops(compiled, closure, env, uses, self._states)
-            self._done.update(closure)
-            base = env[value.node]
-            for node, _ in leaves:
-                if node != value.node:
-                    env.pop(node, None)
-        out = view_of(base, value, compiled.bases[value.node])
-        if index not in self._given:
-            self._given.add(index)
-            uses[value.node] -= 1
-        if uses[value.node] <= 0:
-            env.pop(value.node, None)
-        return out
+            closure = [i for i in compiled.closures[index] if i not in self._done]
+            for leaf, tensor in leaves:
+                env[leaf] = tensor
+            if closure:
+                run_ops(compiled, closure, env, uses, self._states)
+                self._done.update(closure)
+            for leaf, _ in leaves:
+                if leaf != node:
+                    env.pop(leaf, None)
+        value = self.take(index)
+        assert value is not None
+        return value
 
 
 def run_ops(
@@ -375,14 +394,3 @@ def generator_of(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     return torch.default_generator
-
-
-def widen(tensor: torch.Tensor, dtype: torch.dtype, narrow: tuple[torch.dtype | None, float]) -> torch.Tensor:
-    """Undo `narrow_form`."""
-    wide = tensor.to(dtype)
-    return wide.mul_(narrow[1]) if narrow[0] is None and narrow[1] != 1.0 else wide
-
-
-def narrow_form(tensor: torch.Tensor, narrow: tuple[torch.dtype | None, float]) -> torch.Tensor:
-    """The smaller tensor that carries the same information: a bool mask, or the dtype before the upcast."""
-    return tensor != 0 if narrow[0] is None else tensor.to(narrow[0])

@@ -20,15 +20,18 @@ import torch
 from memfit import graph
 from memfit.blocks import Block, replayable_children
 from memfit.calls import Call
+from memfit.canary import Turns
 from memfit.entries import Entry, ProgramState
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
+from memfit.holders import Holders
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
-from memfit.links import Links, accept
-from memfit.parking import RandomStates, park, park_and_snapshot
+from memfit.limits import Limits
+from memfit.links import Links
+from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program
-from memfit.signature import Watch, autocast_state, describe, flatten, numeric_flags, output_tensors, parameter_slots
+from memfit.signature import Watch, call_key, flatten, numeric_flags, output_tensors, parameter_slots, storages_of
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
 from memfit.verification import verify
@@ -37,7 +40,10 @@ VERIFIED_CALLS = 3
 GRAPH_CHECKED_CALLS = 8
 GRAPH_CHECK_PERIOD = 16
 MAX_PROGRAMS_PER_BLOCK = 48
-MAX_RECORDINGS_IN_A_ROW = 8
+UNSTEADY = "its program changes from call to call"
+MAX_PROGRAMS = 512
+"""Of a model; beyond it those that no block remembers are forgotten."""
+MAX_RECORDINGS_IN_A_ROW = 32
 
 
 class Runtime:
@@ -52,19 +58,19 @@ class Runtime:
         self.listener: Listener | None = None
         self.step_began: Callable[[], None] = lambda: None
         self.has_room: Callable[[int], bool] = lambda index: True
-        self.trim: Callable[[], object] | None = None  # hands freed memory back
-        self.trim_after: frozenset[int] = frozenset()  # the forward of these block calls
-        self.trim_before: frozenset[int] = frozenset()  # the backward of these
+        self.keep_under: Callable[[int], None] = lambda limit: None  # hands freed memory back where that much is held
+        self.limits = Limits()
         self.backward_seen = False
         self._begun = False
         self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
         self.active = True
         self.generation = 0
+        self.steps = 0  # begun so far
         self.notes: dict[str, str] = {}
         self.recorded = 0
         self.record_seconds = 0.0
         self.mismatches = 0
-        self._hash_turn: dict[str, int] = {}
+        self._turns = Turns()
         self._local = threading.local()
         self.links = Links()
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
@@ -76,7 +82,7 @@ class Runtime:
     def add_block(self, name: str, module: torch.nn.Module, parent: str = "", at: int | None = None) -> Block:
         """Hook one more block."""
         block = Block(name=name, module=module, parent=parent)
-        block.slots = list(parameter_slots(module))
+        block.slots = parameter_slots(module)
         block.hooks = [
             module.register_forward_pre_hook(PreHook(self, block), with_kwargs=True),
             module.register_forward_hook(PostHook(self, block), with_kwargs=True, always_call=True, prepend=True),
@@ -107,7 +113,6 @@ class Runtime:
             call = stack.pop()
             call.close()
             call.settle()
-        self.links.forget()
 
     def _stack(self) -> list[Call]:
         stack: list[Call] | None = getattr(self._local, "stack", None)
@@ -137,19 +142,20 @@ class Runtime:
         self.backward_seen = False
         self._first_frame = None
         self.generation += 1
+        self.steps += 1
 
     def backward_entered(self, index: int) -> None:
         """The backward has reached block call ``index``."""
         self.backward_seen = True
         if self.listener is not None:
             self.listener.backward_entered(index)
-        elif self.trim is not None and index in self.trim_before:
-            self.trim()
+        elif index in self.limits.before:
+            self.keep_under(self.limits.before[index])
 
     # A block call
 
-    def before(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The pre-forward hook."""
+    def before(self, block: Block, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The pre-forward hook; ``module`` is what is called, the block's own unless it was replicated."""
         if not torch.is_grad_enabled() or not self.active or replaying.active:
             return
         stack = self._stack()
@@ -157,7 +163,11 @@ class Runtime:
             if not stack[-1].is_stale():
                 return  # inside another block: its saved tensors are that block's
             self.pop_stale()
-        why = why_aside()
+        tensors: list[torch.Tensor] = []
+        key: list[Any] = []
+        flatten(args, tensors, key)
+        flatten(kwargs, tensors, key)
+        why = why_aside(block.module, module, tensors)
         if why:
             self.note(f"aside {why}", f"stepped aside: {why}")
             return
@@ -166,19 +176,14 @@ class Runtime:
         forget_failed_passes()
         if self.backward_seen or not self.calls:
             self.begin_if_new()
-        tensors: list[torch.Tensor] = []
-        key: list[Any] = []
-        flatten(args, tensors, key)
-        flatten(kwargs, tensors, key)
         if block.watched != self.generation:
             self._watch(block)
-        device = tensors[0].device.type if tensors else "cpu"
-        signature = (tuple(key), describe(tensors), block.module.training, autocast_state(device), numeric_flags())
+        flags = numeric_flags()
+        signature = call_key(key, tensors, block.module.training, block.own, flags)
         call = Call(block, len(self.calls), tensors, args, kwargs)
+        call.flags = flags
         call.owner = sys._getframe(2)
         self.calls.append(call)
-        if self.links.used:
-            self.links.enter(call, self.calls)
         if self.listener is not None:
             self.listener.block_entered(call)
         entry = block.entries.get(signature)
@@ -187,17 +192,13 @@ class Runtime:
         call.signature = signature
         if block.mode == "fallback":
             call.compiled = None
-            call.open(park(call), RandomStates(tensors))
-        elif entry is None or entry.record_again:
+            call.open(park(call), random=True)
+        elif entry is None or entry.record_again or entry.epoch != entry.state.epoch:
             self._start_recording(call)
         else:
             call.entry = entry
-            policy = self.choose(entry.state, call.index, block.name)
-            call.compiled = entry.state.compile(accept(call, entry.state.program, policy))
-            if call.compiled.snapshots:
-                call.open(park_and_snapshot(call), None)
-            else:
-                call.open(park(call), None)
+            call.compiled = entry.state.compile(self.links.accept(call, entry.state, self.choose, self.calls))
+            call.open(park_and_snapshot(call) if call.compiled.snapshots else park(call))
         stack.append(call)
 
     def after(self, block: Block, output: Any) -> None:
@@ -218,17 +219,16 @@ class Runtime:
             call.fall_back()
         else:
             self._finish(call, output)
-        if call.mode == "replay" and (call.upstream is not None or self.listener is not None):
-            self.links.leave(call, output, self.calls, watched=self.listener is not None)
-        if call.index == 0 or self.listener is not None or call.index in self.trim_before:
+        self.links.leave(call, output, self.calls, watched=self.listener is not None)
+        if call.index == 0 or self.listener is not None or call.index in self.limits.before:
             call.watch_backward(BackwardHook(self, call.index))
         if call.index == 0:
             self._first_frame = weakref.ref(call.kept_frame) if call.kept_frame is not None else None
         call.settle()
         if self.listener is not None:
             self.listener.block_left(call)
-        elif self.trim is not None and call.index in self.trim_after:
-            self.trim()
+        elif call.index in self.limits.after:
+            self.keep_under(self.limits.after[call.index])
 
     def _watch(self, block: Block) -> None:
         """Has the block become another one? Looked at once per forward of the model."""
@@ -237,8 +237,9 @@ class Runtime:
             block.watch = Watch(block.module)
         elif not block.watch.unchanged():
             block.watch = Watch(block.module)
-            block.slots = list(parameter_slots(block.module))
+            block.slots = parameter_slots(block.module)
             block.entries.clear()
+        block.own = storages_of(block.slots)
 
     def _adopt(self, block: Block, signature: Any) -> Entry | None:
         """A recording of a block that has been recorded equal to this one before (rule 10)."""
@@ -260,6 +261,9 @@ class Runtime:
         if len(block.entries) >= MAX_PROGRAMS_PER_BLOCK:
             block.entries.pop(next(iter(block.entries)))
         block.entries[signature] = entry
+        if len(self.states) > MAX_PROGRAMS:
+            used = {e.state.key for b in self.blocks for e in b.entries.values()}
+            self.states = {key: state for key, state in self.states.items() if key in used}
 
     # Recording
 
@@ -268,15 +272,15 @@ class Runtime:
         leaves: list[tuple[Leaf, torch.Tensor]] = []
         for i, tensor in enumerate(call.tensors):
             leaves.append((Leaf("input", i, "", ""), tensor))
-        for kind, owner, name, dictionary in block.slots:
+        for (owner, name), (kind, dictionary) in block.slots.items():
             value = dictionary.get(name)
             if value is not None:
-                leaves.append((Leaf("parameter" if kind == "parameter" else "buffer", -1, owner, name), value))
+                leaves.append((Leaf(kind, -1, owner, name), value))
         call.versions = [t._version for t in call.tensors]
         recorder = Recorder(leaves, owner=call.owner)
         call.recorder = recorder
         call.started = time.perf_counter()
-        call.open(park(call), RandomStates(call.tensors))
+        call.open(park(call), random=True)
 
     def _finish_recording(self, call: Call, output: Any) -> None:
         started = time.perf_counter()
@@ -301,7 +305,7 @@ class Runtime:
         elif program.data_dependent:
             why = f"depends on data: {program.data_dependent}"
         elif block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
-            why = "its program changes from call to call"
+            why = UNSTEADY
         if why:
             self._not_replayable(call, program, why)
             return
@@ -313,8 +317,7 @@ class Runtime:
         entry.record_after = 2 ** min(entry.recordings, 10) if program.unproven else 0
         self._remember(block, call.signature, entry)
         call.entry = entry
-        policy = self.choose(state, call.index, block.name)
-        call.compiled = state.compile(accept(call, state.program, policy))
+        call.compiled = state.compile(self.links.accept(call, state, self.choose, self.calls))
         call.fresh = True
         self._finish(call, output)
 
@@ -322,7 +325,7 @@ class Runtime:
         """Rule 13: descend, then fall back, else leave it plain."""
         block = call.block
         safe = not program.writes and not program.python_random and not program.foreign
-        children = replayable_children(block.module)
+        children = replayable_children(block.module) if why != UNSTEADY else []  # theirs would change too
         position = self.blocks.index(block)
         if children:
             block.mode, block.reason = "descent", why
@@ -360,17 +363,22 @@ class Runtime:
                 self.mismatches += 1
                 block.unsteady += 1
                 self.note(f"differs {block.name}", f"`{block.name}` was recorded again: {difference}")
-                block.entries.pop(call.signature, None)
+                block.forget(call.signature)
                 call.keep_all()
                 return
-            block.recordings_in_a_row = 0
         entry.calls += 1
         if entry.record_after:
             entry.record_after -= 1
             entry.record_again = entry.record_after == 0
+        if compiled.saves_all:
+            call.save_all()
+            return
         frame = call.frame()
         frame.demote = state.demoter(self, block.name)
-        hashed = self._hash_due(state.key, call)
+        frame.distrust = state.distrust
+        if compiled.dropped and entry.calls <= VERIFIED_CALLS:
+            frame.holders = Holders(state, compiled, call.handles)
+        hashed = self._turns.due(state.key, self.steps)
         if not call.fresh and entry.verified < VERIFIED_CALLS - 1:
             # NOTE [Verified without room]: comparing values needs both at once. Where the budget has no room for that,
             # all bits are hashed now and compared when the backward asks for them.
@@ -379,21 +387,13 @@ class Runtime:
             wrong = verify(call, frame, output) if self.has_room(call.index) else ""
             if wrong:
                 self.note(f"demoted {state.key} {wrong}", f"`{block.name}`: {wrong}")
+                block.forget(call.signature)  # what it computes may have changed
                 call.keep_all()
                 return
+        if not call.fresh:
+            block.recordings_in_a_row = 0
         call.apply(frame, hashed=hashed)
 
     def _checks_graph(self, entry: Entry) -> bool:
         """Always while a program is young, then now and then (walking a graph takes tens of microseconds)."""
         return entry.calls < GRAPH_CHECKED_CALLS or entry.calls % GRAPH_CHECK_PERIOD == 0
-
-    def _hash_due(self, key: str, call: Call) -> bool:
-        """One call per program and step, in turn."""
-        turn = self._hash_turn
-        if turn.get("generation") != self.generation:
-            turn.clear()
-            turn["generation"] = self.generation
-        seen = turn.get(key, 0)
-        turn[key] = seen + 1
-        members = max(1, call.entry.state.members if call.entry is not None else 1)
-        return seen == self.generation % members

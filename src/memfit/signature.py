@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from memfit.programs import LeafKind
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, complex)
 
 
@@ -55,16 +58,19 @@ def _collect(structure: Any, tensors: list[torch.Tensor]) -> None:
             _collect(item, tensors)
 
 
+_GETTERS = (
+    torch.get_num_threads,
+    torch.get_default_dtype,
+    torch._C._get_deterministic_algorithms,
+    torch._C._get_float32_matmul_precision,
+    torch._C._get_cudnn_allow_tf32,
+    torch._C._get_mkldnn_enabled,
+)
+
+
 def numeric_flags() -> tuple[Any, ...]:
     """Global settings that change what an op computes."""
-    return (
-        torch.get_num_threads(),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.mkldnn.enabled,
-    )
+    return tuple([getter() for getter in _GETTERS])
 
 
 @contextmanager
@@ -80,8 +86,7 @@ def set_numeric_flags(flags: tuple[Any, ...]) -> Iterator[None]:
 
 def _set_flags(flags: tuple[Any, ...]) -> None:
     """Set what differs, and only that: other threads see these too."""
-    now = numeric_flags()
-    for flag, value, setter in zip(now, flags, _SETTERS, strict=True):
+    for flag, value, setter in zip(numeric_flags(), flags, _SETTERS, strict=True):
         if flag != value:
             setter(value)
 
@@ -115,20 +120,53 @@ def autocast_state(device_type: str) -> Any:
     return None
 
 
-def describe(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+def call_key(
+    arguments: list[Any], tensors: list[torch.Tensor], training: bool, own: dict[int, int], flags: tuple[Any, ...]
+) -> Any:
+    """The signature of a call.
+
+    Args:
+        arguments: As `flatten` describes them.
+        tensors: As `flatten` collects them.
+        training: The block's flag.
+        own: Where the block's parameters and buffers lie, see `storages_of`.
+        flags: See `numeric_flags`.
+    """
+    device = tensors[0].device.type if tensors else "cpu"
+    return tuple(arguments), describe(tensors, own), training, autocast_state(device), flags
+
+
+def describe(tensors: list[torch.Tensor], own: dict[int, int]) -> tuple[Any, ...]:
     """Shapes, strides, dtypes, devices, ``requires_grad`` and the alias pattern of tensor arguments."""
-    if len(tensors) == 1:
-        (t,) = tensors
-        return (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, type(t))
     pointers: dict[int, int] = {}
     parts: list[Any] = []
     for i, t in enumerate(tensors):
         parts.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, type(t)))
-        storage: int = t.data_ptr() - t.storage_offset() * t.element_size()  # type: ignore[assignment]  # no SymInt here
+        if type(t) not in _PLAIN:
+            continue  # a block that is given one is not replayed
+        storage = storage_start(t)
         first = pointers.setdefault(storage, i)
         if first != i:
             parts.append((first, t.storage_offset() - tensors[first].storage_offset()))
+        elif storage in own:
+            parts.append(("own", own[storage], t.storage_offset()))
     return tuple(parts)
+
+
+def storage_start(tensor: torch.Tensor) -> int:
+    """Where the storage of a strided tensor begins."""
+    start: int = tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()  # type: ignore[assignment]  # no SymInt
+    return start
+
+
+def storages_of(slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]) -> dict[int, int]:
+    """Where parameters and buffers lie now, to be compared with arguments."""
+    found: dict[int, int] = {}
+    for number, ((_, name), (_, dictionary)) in enumerate(slots.items()):
+        tensor = dictionary.get(name)
+        if tensor is not None and type(tensor) in _PLAIN and tensor.layout is torch.strided and tensor.numel():
+            found.setdefault(storage_start(tensor), number)
+    return found
 
 
 class Watch:
@@ -144,7 +182,7 @@ class Watch:
         """Take the snapshot of ``module`` and its submodules."""
         self._module = module
         self._copies: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._nested: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._nested: list[tuple[Any, Any]] = []  # dictionaries and lists among the attributes, and their copies
         self._configs: list[tuple[dict[str, Any], dict[str, Any]]] = []
         seen: set[int] = set()
         for child in module.modules():
@@ -166,8 +204,8 @@ class Watch:
                         self._configs.append((inner, dict(inner)))
                 elif isinstance(value, (dict, list)) and value is not attributes and id(value) not in seen:
                     seen.add(id(value))
-                    if isinstance(value, dict) and not any(value is n for n, _ in self._nested):
-                        self._nested.append((value, dict(value)))
+                    if not any(value is n for n, _ in self._nested):
+                        self._nested.append((value, value.copy()))
         self._trainable = list(module.parameters())
         self.trainable = tuple(p.requires_grad for p in self._trainable)
 
@@ -191,12 +229,14 @@ class Watch:
 _NESTED = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def parameter_slots(module: torch.nn.Module) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """``(kind, owner, name, dictionary)`` of every parameter and buffer: where a forward will look it up."""
+def parameter_slots(module: torch.nn.Module) -> dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]:
+    """By submodule and name, every parameter and buffer: its kind, and the dictionary where a forward looks it up."""
+    slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]] = {}
     for owner, child in module.named_modules(remove_duplicate=True):
         for name, value in child._parameters.items():
             if value is not None:
-                yield "parameter", owner, name, child._parameters
+                slots[owner, name] = ("parameter", child._parameters)
         for name, value in child._buffers.items():
             if value is not None:
-                yield "buffer", owner, name, child._buffers
+                slots[owner, name] = ("buffer", child._buffers)
+    return slots

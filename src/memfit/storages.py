@@ -209,9 +209,13 @@ class Storages:
     def forbid_odd_views(self, results: list[tuple[int | None, torch.Tensor]], tensors: list[torch.Tensor]) -> None:
         """Views that change the dtype or carry a lazy conjugate are not derived by recipes."""
         for _, tensor in results:
-            number = self.current[address_of(tensor)]
-            if tensor.dtype != self.program.nodes[number].value.dtype or tensor.is_conj() or tensor.is_neg():
-                self.forbid(number, "viewed under another dtype, or conjugated")
+            if self.is_odd(tensor):
+                self.forbid(self.current[address_of(tensor)], "viewed under another dtype, or conjugated")
+
+    def is_odd(self, tensor: torch.Tensor) -> bool:
+        """Whether it shows its node under another dtype or lazily conjugated, as no `Value` says."""
+        node = self.program.nodes[self.current[address_of(tensor)]]
+        return tensor.dtype != node.value.dtype or tensor.is_conj() or tensor.is_neg()
 
     def target(self, tensor: torch.Tensor) -> Value:
         """The view that an op writes to."""

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 
-def why_aside() -> str:
-    """Why this call is left alone, or "" (rule 16)."""
+def why_aside(block: torch.nn.Module, called: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> str:
+    """Why this call is left alone, or "" (rule 16).
+
+    Args:
+        block: The module that was fitted.
+        called: The module whose forward runs.
+        tensors: Its arguments.
+    """
+    if called is not block:
+        return "a replica of the block runs, with weights of its own"
+    if any(t.layout is not torch.strided or t.is_nested for t in tensors):
+        return "sparse or nested tensors"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "saved-tensor hooks of somebody else are active"
     if torch._C._len_torch_dispatch_stack() > 0:

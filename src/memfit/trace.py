@@ -72,8 +72,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *exc: Any) -> None:
         self._unpatch()
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        self.leaves = []
-        self._owner = None  # a frame holds its callers' frames, and they hold the model's intermediate results
+        self.leaves, self._owner = [], None  # a frame holds its callers' frames, and they hold what is computed
         self.program.python_random = python_random_state() != self._random_state
 
     def _unpatch(self) -> None:
@@ -118,8 +117,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def pack(self, tensor: torch.Tensor) -> None:
         """Autograd keeps ``tensor`` (already detached)."""
-        with torch._C._DisableTorchDispatch():
-            self._pack(tensor)
+        if type(tensor) not in PLAIN_TYPES:
+            self.program.foreign = self.program.foreign or type(tensor).__name__
+        if not self.program.foreign:
+            with torch._C._DisableTorchDispatch():
+                self._pack(tensor)
 
     def _pack(self, tensor: torch.Tensor) -> None:
         self._reads += 1
@@ -132,7 +134,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             saved = SavedTensor(
                 value, tensor.device, tensor._version, self.program.nodes[node].leaf is not None, constant
             )
-            if value.dtype != self.program.nodes[node].value.dtype or tensor.is_conj() or tensor.is_neg():
+            if self._nodes.is_odd(tensor):
                 self._nodes.forbid(node, "saved under another dtype, or conjugated")
             self.program.saved.append(saved)
         finally:
@@ -149,8 +151,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 program.foreign = program.foreign or type(tensor).__name__
         if program.foreign:
             return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default and not program.data_dependent:
-            program.data_dependent = "item()"
+        if torch.Tag.data_dependent_output in func.tags and not program.data_dependent:
+            program.data_dependent = "item()" if ops.base_name(func) == "_local_scalar_dense" else ops.base_name(func)
         if (
             torch.Tag.dynamic_output_shape in func.tags
             and not program.data_dependent
@@ -167,7 +169,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         reads = {id(t): self._nodes.consume(t) for t in tensors if id(t) not in skipped}
         device = next((t.device for t in tensors), kwargs.get("device") or torch.device("cpu"))
         device = torch.device(device) if not isinstance(device, torch.device) else device
-        allowed = ops.is_recomputable(func, args, kwargs, device.type)
+        odd = any(self._nodes.is_odd(t) for t in tensors if id(t) in reads)
+        allowed = not odd and ops.is_recomputable(func, args, kwargs, device.type)
         drawn = ops.is_random(func, args, kwargs)
         state = generator_of(device).get_state() if drawn else None
         versions = [] if allowed else [t._version for t in tensors]
@@ -330,8 +333,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if expected is not None and not torch.equal(expected, state):
             op.recomputable, op.reason = False, "something else moved the generator"
         self._generator_states[device] = generator_of(device).get_state()
-
-    # Nodes
 
     # The end
 

@@ -26,6 +26,7 @@ def verify(call: Call, frame: Frame, output: Any) -> str:
     linked = compiled.policy.linked
     given = [] if linked is None or call.link is None else [(linked, _input(call, linked))]
     restorer = Restorer(compiled, frame.states)
+    differing: dict[int, float] = {}
     for index in reversed(compiled.dropped):
         found = [(n, call.widened(n, leaves[n][0])) for n in compiled.leaves[index]]
         found += [(n, frame.parameters[n][0]) for n in compiled.parameters[index]]
@@ -36,22 +37,33 @@ def verify(call: Call, frame: Frame, output: Any) -> str:
         assert saved is not None
         if not same_bits(value, saved):
             node = compiled.program.saved[index].value.node
-            ulp = max_ulp(value, saved)
-            call.entry.state.demote(node)
-            return f"saved tensor {index} is kept from now on: replayed, it differs by {ulp:.3g} ulp"
+            differing[node] = max(differing.get(node, 0.0), max_ulp(value, saved))
+    differing = differing or _differing_output(call, frame, output, given)
+    for node in differing:
+        call.entry.state.demote(node)
+    if not differing:
+        return ""
+    return f"{len(differing)} values are kept from now on: replayed, they differ by {max(differing.values()):.3g} ulp"
+
+
+def _differing_output(call: Call, frame: Frame, output: Any, given: list[tuple[int, torch.Tensor]]) -> dict[int, float]:
+    """The output that the next block may ask for, if its recipe gives something else."""
+    compiled = call.compiled
+    assert compiled is not None
     recipe = compiled.returned
     if recipe is None:
-        return ""
+        return {}
+    leaves = call.cells()
     for shown, tensor in zip(compiled.program.outputs, output_tensors(output), strict=True):
         if shown.node != recipe.node:
             continue
         env = {n: call.widened(n, leaves[n][0]) for n in recipe.leaves}
         env.update((n, frame.parameters[n][0]) for n in recipe.parameters)
         env.update(given if recipe.reads_link else ())
-        if not same_bits(run_output(frame, env, shown), tensor.detach()):
-            call.entry.state.demote(shown.node)
-            return "an output cannot be brought back for the next block, which keeps it: replayed, it differs"
-    return ""
+        found = run_output(frame, env, shown)
+        if not same_bits(found, tensor.detach()):
+            return {shown.node: max_ulp(found, tensor.detach())}
+    return {}
 
 
 def _input(call: Call, node: int) -> torch.Tensor:

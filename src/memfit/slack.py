@@ -1,0 +1,58 @@
+"""Room between what a plan is predicted to need and its budget: for what the allocator cannot hand back."""
+
+from __future__ import annotations
+
+from memfit.fitted import Fitted
+from memfit.host import allocator
+
+MAX_CORRECTIONS = 4
+SHARE = {"tcmalloc": 0.03, "jemalloc": 0.05, "glibc": 0.08}
+"""Of what a plan moves; a few percent on CUDA too, for blocks that the caching allocator cannot join."""
+CUDA_SHARE = 0.05
+FLOOR = 6 * 2**20
+SETTLED_STEPS = 3
+ROOM_SHARE = 0.025
+"""After so many planned steps, a plan that left more than this share of the budget unused is made again."""
+
+
+class Slack:
+    """How much of a budget stays free: at first a share of what a plan moves, then what its steps have shown.
+
+    Attributes:
+        bytes: The room.
+    """
+
+    def __init__(self, device: str) -> None:
+        """On a kind of device, ``cpu`` or ``cuda``."""
+        self.bytes = 0
+        self._share = SHARE.get(allocator(), 0.1) if device == "cpu" else CUDA_SHARE
+        self._learnt = False
+        self._corrections = 0
+
+    def expect(self, dynamic_bytes: int) -> None:
+        """A plan that moves so many bytes will be made."""
+        if not self._learnt:
+            self.bytes = int(self._share * dynamic_bytes) + FLOOR
+
+    def learn(self, fitted: Fitted, *, peak_bytes: int, budget: int) -> None:
+        """Compare a step's peak with its plan; one that broke its budget, or wastes it, becomes stale."""
+        if self._corrections >= MAX_CORRECTIONS:
+            return
+        fitted.peak = max(fitted.peak, peak_bytes)
+        fitted.steps += 1
+        over = fitted.peak - fitted.raw_peak
+        if peak_bytes > budget:
+            self._set(max(self.bytes, over) + FLOOR)
+            fitted.stale = True
+        elif (
+            fitted.steps == SETTLED_STEPS
+            and fitted.plan.recompute_seconds > 0
+            and budget - fitted.peak > ROOM_SHARE * budget
+        ):
+            self._set(max(0, over) + max(FLOOR, int(0.01 * budget)))
+            fitted.stale = True
+
+    def _set(self, size: int) -> None:
+        self._corrections += 1
+        self._learnt = True
+        self.bytes = size
