@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import memfit
 from gradients import Tensors, copies, differences, random_state, seed
-from policies import random_policy
+from policies import link_everything, random_policy
 
 SMALLEST: dict[str, dict[str, Any]] = {"min": {"budget": "min"}}
 """Differs from the others in step one, which it measures; later it may recompute nothing: the peak is elsewhere."""
@@ -24,6 +24,7 @@ SMALLEST: dict[str, dict[str, Any]] = {"min": {"budget": "min"}}
 FITS: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
     "random": {"policy": random_policy(3, keep=0.3)},
+    "linked": {"policy": link_everything},
 }
 
 Fit = Callable[[nn.Module], "memfit.Handle | None"]

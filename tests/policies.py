@@ -7,6 +7,7 @@ from collections.abc import Callable, Set
 
 from memfit.plans import Policy
 from memfit.profiles import ProgramProfile
+from memfit.solver import full_policy
 
 
 def random_policy(seed: int, *, keep: float = 0.4) -> Callable[[ProgramProfile], Policy]:
@@ -65,3 +66,16 @@ def keepable_ancestor(program: ProgramProfile, n: int, there: Set[int]) -> int:
         queue += [source for source in sources if source not in there and source not in seen]
         seen.update(sources)
     raise AssertionError(f"node {n} of {program.key} can be neither kept nor brought back")
+
+
+def link_everything(program: ProgramProfile) -> Policy:
+    """Full activation checkpointing, and every block whose input is what the block before returned drops that too.
+
+    Where a call turns out not to be linked, its input is kept: of a row of blocks that of the first one.
+    """
+    policy = full_policy(program)
+    inputs = [n for n, node in enumerate(program.nodes) if node.kind == "input" and node.keep_bytes]
+    linked = inputs[0] if inputs else None
+    kept = tuple(n for n in policy.kept if n != linked)
+    returned = program.outputs[0] if program.outputs else None
+    return Policy(program=program.key, kept=kept, linked=linked, returned=returned)

@@ -48,7 +48,6 @@ def program(
             narrow_bytes=node.narrow_bytes,
             narrow_seconds=node.narrow_seconds,
             must_keep=node.must_keep,
-            linked=node.linked,
         )
         for index, node in enumerate(nodes)
     )

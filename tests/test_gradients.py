@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradients import Run, assert_bitwise_equal, assert_repeats, plain_step, run_steps, seed, sgd
-from policies import keep_everything, random_policy
+from policies import keep_everything, link_everything, random_policy
 from zoo import (
     HUGGING_FACE,
     NAMES,
@@ -46,12 +46,13 @@ FITS: dict[str, dict[str, Any]] = {
     "selective": {"policy": "selective"},
     "every-2": {"every_n_layers": 2},
     "random": {"policy": random_policy(0)},
+    "linked": {"policy": link_everything},
     "save-all": {"policy": keep_everything},
     "measure": {"budget": None},
 }
 # On models this small the smallest peak is often the optimizer's, and "min" then recomputes nothing from the second
 # step on: "full" and "random" always do.
-ZOO_FITS = ("min", "full", "random")
+ZOO_FITS = ("min", "full", "random", "linked")
 TWO_FITS = ("full", "random")
 
 REPLAY = "replay"

@@ -24,7 +24,7 @@ PLAN = Plan(
     saved_bytes=2**30,
     recomputed_bytes=3 * 2**30,
     peak_event="loss",
-    policies=(Policy(program="a", kept=(0, 3), narrowed=(5,)), Policy(program="b")),
+    policies=(Policy(program="a", kept=(0, 3), narrowed=(5,), returned=7), Policy(program="b", linked=0)),
     calls=(
         CallPlan(name="model.layers.0", program="a", policy=0),
         CallPlan(name="model.layers.1", program="b", policy=1),
@@ -46,7 +46,7 @@ def test_a_plan_survives_json():
     assert Plan.from_json(PLAN.to_json()) == PLAN
     no_budget = replace(PLAN, budget_bytes=None, policies=(), calls=())
     assert Plan.from_json(no_budget.to_json()) == no_budget
-    assert PLAN.policy(1) == Policy(program="b")
+    assert PLAN.policy(1) == Policy(program="b", linked=0)
 
 
 def test_a_plan_survives_a_file(tmp_path):
@@ -60,9 +60,11 @@ def test_a_plan_survives_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "part"),
     [
-        (["schema_version"], 2, "schema version 2; this Memfit reads version 1"),
-        (["schema_version"], True, "schema_version"),
-        (["schema_version"], "1", "schema version 1"),
+        (["schema_version"], 1, "schema version 1; this Memfit reads version 2"),
+        (["schema_version"], 3, "schema version 3; this Memfit reads version 2"),
+        (["schema_version"], True, "schema version True"),
+        (["schema_version"], 2.0, "`schema_version` is `2.0`"),
+        (["schema_version"], "2", "schema version 2"),
         (["extra"], 1, "unknown field `extra`"),
         (["calls", 0, "kind"], 1, "calls[0] has the unknown field `kind`"),
         (["policies", 1, "code"], "", "policies[1] has the unknown field `code`"),
@@ -82,6 +84,12 @@ def test_a_plan_survives_a_file(tmp_path):
         (["policies", 0, "kept"], [3, 0], "not ascending"),
         (["policies", 0, "kept"], [0, 0], "not ascending"),
         (["policies", 0, "kept"], [0, 5], "keeps node 5 both"),
+        (["policies", 0, "returned"], "7", '`policies[0].returned` is `"7"`'),
+        (["policies", 1, "linked"], -1, "`policies[1].linked` is `-1`"),
+        (["policies", 1, "kept"], [0], "both keeps its linked input 0 and drops it"),
+        (["policies", 1, "narrowed"], [0], "both keeps its linked input 0 and drops it"),
+        (["policies", 0, "returned"], None, "`calls[1]` is linked to a call that brings nothing back"),
+        (["policies", 0, "linked"], 1, "`calls[0]` is linked to a call that brings nothing back"),
         (["policies", 0, "kept"], [0, "3"], "`policies[0].kept[1]`"),
         (["policies", 0, "kept"], [-1], "`policies[0].kept[0]` is `-1`"),
         (["calls", 1, "policy"], 2, "`calls[1].policy` is `2`; it must be below 2"),

@@ -20,6 +20,7 @@ from memfit.storages import covers
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
+    from memfit.links import Tie, Upstream
     from memfit.trace import Recorder
 
 _push = torch._C._autograd._push_saved_tensors_default_hooks
@@ -46,6 +47,7 @@ class Call:
         "index",
         "kept_frame",
         "kwargs",
+        "link",
         "mode",
         "owner",
         "policy",
@@ -56,6 +58,8 @@ class Call:
         "started",
         "states",
         "tensors",
+        "tie",
+        "upstream",
         "versions",
     )
 
@@ -83,6 +87,9 @@ class Call:
         self.mode = ""
         self.policy: Policy | None = None
         self.program_key = ""
+        self.tie: Tie | None = None
+        self.link: Upstream | None = None
+        self.upstream: tuple[Cell, ...] | None = None
 
     # The hooks around the forward
 
@@ -189,7 +196,7 @@ class Call:
         compiled = self.compiled
         assert compiled is not None
         frame = Frame(self.block.name, compiled)
-        if compiled.dropped:
+        if compiled.dropped or compiled.returned is not None:
             frame.flags = self.flags
             states = self.states or {}
             frame.states = {packed: states[packed] for packed in compiled.snapshots}
@@ -237,7 +244,7 @@ class Call:
         compiled, handles = self.compiled, self.handles
         assert compiled is not None
         self.kept_frame = frame
-        cells = self.cells() if compiled.dropped else {}
+        cells = self.cells() if compiled.dropped or compiled.returned is not None else {}
         dropped: dict[int, torch.Tensor] = {i: handles[i].tensor for i in compiled.dropped}  # type: ignore[misc]  # parked
         turn = self.index * 7919 + (self.entry.calls if self.entry is not None else 0) * 104729
         frame.samples = canary.Samples(compiled.probes, dropped, turn)
@@ -270,6 +277,10 @@ class Call:
             if leaves is None:
                 leaves = shared[read] = tuple([(n, *cells[n]) for n in read])
             handle.leaves = leaves
+            if index in compiled.reads_link:
+                handle.link = self.link
+        if compiled.returned is not None:
+            self.upstream = tuple([(n, *cells[n]) for n in compiled.returned.leaves])
 
     def fall_back(self) -> None:
         """Drop everything; the module's forward runs again in the backward (rule 13)."""
@@ -327,7 +338,7 @@ class Call:
 
     def settle(self) -> None:
         """The forward is over: let go of everything that the frame does not need."""
-        self.handles = []
+        self.handles.clear()  # autograd holds the pack hook, and with it this list, while it holds any tensor
         self.tensors = []
         self.args = self.kwargs = None
         self.states = None
@@ -335,6 +346,9 @@ class Call:
         self.kept_frame = None
         self.compiled = None
         self.recorder = None
+        self.link = self.upstream = None
+        if self.tie is not None:
+            self.tie.offer = None
 
 
 def _is_small(buffer: torch.Tensor) -> bool:

@@ -38,7 +38,13 @@ class ProgramState:
         if found is None:
             wanted = policy if policy is not None else self.keep_everything()
             narrowed = tuple(n for n in wanted.narrowed if n not in self.demoted)
-            wanted = Policy(program=self.key, kept=tuple(sorted(set(wanted.kept) | self.demoted)), narrowed=narrowed)
+            wanted = Policy(
+                program=self.key,
+                kept=tuple(sorted(set(wanted.kept) | self.demoted)),
+                narrowed=narrowed,
+                linked=wanted.linked if wanted.linked not in self.demoted else None,
+                returned=wanted.returned if wanted.returned not in self.demoted else None,
+            )
             try:
                 found = compile_policy(self.program, wanted)
             except MemfitError:  # made for a recording in which more had proved itself

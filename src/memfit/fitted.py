@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from memfit.errors import MemfitError
-from memfit.limits import limits
+from memfit.limits import Limits, limits
 from memfit.plans import Plan
 from memfit.profiler import Profiler
 from memfit.profiles import StepProfile
@@ -57,7 +57,9 @@ class Fitted:
         profiler: Profiler,
         profile: StepProfile,
         state_reserved: bool,
+        limit: int | None,
     ) -> None:
+        """A plan for ``profile`` that must stay within ``limit`` bytes, if there is one."""
         self.plan = plan
         self.raw_peak = raw_peak
         self.profiler = profiler
@@ -65,8 +67,7 @@ class Fitted:
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
         simulation = simulate(profile, plan)
         events = simulation.events
-        budget = plan.budget_bytes if plan.budget_bytes is not None else plan.predicted_peak_bytes
-        self.limits = limits(profile, simulation, indices, budget)
+        self.limits = limits(profile, simulation, indices, limit) if limit is not None else Limits()
         plain = {
             key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed")
             for key, p in profile.programs.items()

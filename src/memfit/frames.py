@@ -22,6 +22,7 @@ from memfit.signature import numeric_flags, set_numeric_flags
 if TYPE_CHECKING:
     from memfit.fallback import ReplayOfModule
     from memfit.holders import Holders
+    from memfit.links import Upstream
 
 Cell = tuple[int, torch.Tensor, int]
 """A leaf of a recipe: node, tensor, and the version that it must still have."""
@@ -30,7 +31,7 @@ Cell = tuple[int, torch.Tensor, int]
 class Handle:
     """What autograd keeps instead of a tensor. Copies and pickles without its tensor: inert."""
 
-    __slots__ = ("frame", "index", "leaves", "tensor", "version")
+    __slots__ = ("frame", "index", "leaves", "link", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor, index: int) -> None:
         """Own ``tensor``, the ``index``-th that this call packed, as it is at this moment."""
@@ -39,6 +40,7 @@ class Handle:
         self.version: int = tensor._version
         self.frame: Frame | ReplayOfModule | Kept | None = None
         self.leaves: tuple[Cell, ...] = ()
+        self.link: Upstream | None = None
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return _inert_handle, ()
@@ -166,8 +168,10 @@ class Frame:
 
     def _restore(self, restorer: Restorer, handle: Handle) -> torch.Tensor:
         """Run the recipe of a handle."""
+        if handle.link is not None:
+            self._bring_input(handle.index, handle.link, restorer)
         leaves = [(node, self._checked(node, tensor, version)) for node, tensor, version in handle.leaves]
-        self._add_parameters(handle.index, leaves)
+        self._add_parameters(self.compiled.parameters[handle.index], leaves)
         if self.same_flags:
             return restorer.restore(handle.index, leaves)
         with set_numeric_flags(self.flags):
@@ -213,8 +217,17 @@ class Frame:
             return widen(tensor, self.compiled.bases[node].dtype, narrow)
         return tensor
 
-    def _add_parameters(self, index: int, leaves: list[tuple[int, torch.Tensor]]) -> None:
-        for node in self.compiled.parameters[index]:
+    def _bring_input(self, index: int, link: Upstream, restorer: Restorer) -> None:
+        """Have the linked input there, if what follows reads it."""
+        node = self.compiled.policy.linked
+        assert node is not None
+        if restorer.wants(index, node):
+            if any(value.node == node for value in self.compiled.values):
+                link.check(self.block)
+            restorer.env[node] = link.restore()
+
+    def _add_parameters(self, nodes: tuple[int, ...], leaves: list[tuple[int, torch.Tensor]]) -> None:
+        for node in nodes:
             tensor, pointer, version = self.parameters[node]
             if tensor._version != version or tensor.data_ptr() != pointer:
                 leaf = self.compiled.program.nodes[node].leaf

@@ -283,7 +283,8 @@ class Handle:
             predicted = max(raw, min(predicted, self._budget))
         limit = self._budget if isinstance(self._budget, int) else None
         self.plan = replace(plan, predicted_peak_bytes=predicted, budget_bytes=limit)
-        fitted = Fitted(self.plan, raw, indices, profiler, profile, not self._training.born)
+        limit = predicted if self._budget == "min" else limit
+        fitted = Fitted(self.plan, raw, indices, profiler, profile, not self._training.born, limit)
         if len(self._plans) >= MAX_SEQUENCES:
             self._plans.pop(next(iter(self._plans)))
         self._plans[sequence] = fitted

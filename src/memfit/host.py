@@ -39,8 +39,11 @@ def memory_ran_out(error: BaseException) -> bool:
 def resident_bytes() -> int:
     """Resident set of this process, in bytes, as the kernel counts it now."""
     try:
-        with open(_PROC / "statm", "rb") as statm:
-            return int(statm.read().split()[1]) * PAGE_BYTES
+        statm = os.open("/proc/self/statm", os.O_RDONLY)  # several times in a step: without a file object
+        try:
+            return int(os.read(statm, 128).split()[1]) * PAGE_BYTES
+        finally:
+            os.close(statm)
     except (OSError, IndexError, ValueError):
         return highest_resident_bytes()
 

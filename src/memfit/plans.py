@@ -21,7 +21,7 @@ from typing import TypeVar
 from memfit.errors import PlanError
 from memfit.units import format_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_FILE_BYTES = 64 * 2**20
 MAX_DEPTH = 6
 MAX_ITEMS = 1_000_000
@@ -38,11 +38,16 @@ class Policy:
         program: Key of the program.
         kept: Nodes of the program saved as they are, ascending. A block input that recipes read is one of them.
         narrowed: Nodes saved in their smaller, lossless form, ascending.
+        linked: An input that is dropped, because the block call before brings it back: it is what that call returned. A
+            call that turns out not to be linked keeps it.
+        returned: An output that the next call's ``linked`` input is; recipes for it are got ready.
     """
 
     program: str
     kept: tuple[int, ...] = ()
     narrowed: tuple[int, ...] = ()
+    linked: int | None = None
+    returned: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,15 +234,20 @@ def _read_plan(value: object) -> Plan:
         program = plan.policies[call.policy].program
         if program != call.program:
             raise _wrong(f"calls[{number}].program", call.program, f"that of its policy, `{program[:80]}`")
+        if plan.policy(number).linked is not None and (number == 0 or plan.policy(number - 1).returned is None):
+            raise PlanError(f"In the plan, `calls[{number}]` is linked to a call that brings nothing back. {_AGAIN}")
     return plan
 
 
 def _read_policy(value: object, where: str) -> Policy:
-    entry = _object(value, where, "program kept narrowed")
+    entry = _object(value, where, "program kept narrowed linked returned")
+    linked, returned = entry["linked"], entry["returned"]
     policy = Policy(
         program=_text(entry["program"], f"{where}.program"),
         kept=_list(entry["kept"], f"{where}.kept", _integer),
         narrowed=_list(entry["narrowed"], f"{where}.narrowed", _integer),
+        linked=None if linked is None else _integer(linked, f"{where}.linked"),
+        returned=None if returned is None else _integer(returned, f"{where}.returned"),
     )
     for name, nodes in (("kept", policy.kept), ("narrowed", policy.narrowed)):
         if any(a >= b for a, b in pairwise(nodes)):
@@ -245,6 +255,8 @@ def _read_policy(value: object, where: str) -> Policy:
     both = set(policy.kept) & set(policy.narrowed)
     if both:
         raise PlanError(f"In the plan, `{where}` keeps node {min(both)} both as it is and narrowed. {_AGAIN}")
+    if policy.linked in policy.kept or policy.linked in policy.narrowed:
+        raise PlanError(f"In the plan, `{where}` both keeps its linked input {policy.linked} and drops it. {_AGAIN}")
     return policy
 
 

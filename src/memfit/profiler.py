@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memfit.links import is_held_elsewhere
 from memfit.memory import Meter
-from memfit.profiles import BlockCall, ProgramProfile, StepEvent, StepProfile
+from memfit.profiles import BlockCall, Link, ProgramProfile, StepEvent, StepProfile
 from memfit.solver.working_set import kept_bytes, working_set
 
 if TYPE_CHECKING:
     from memfit.calls import Call
+    from memfit.links import Tie
     from memfit.plans import Policy
 
 
@@ -30,6 +32,8 @@ class CallReading:
     mode: str = ""
     program: str = ""
     policy: Policy | None = None
+    tie: Tie | None = None
+    link: Link | None = None
     forward_start: int = 0
     forward_peak: int = 0
     backward_start: int | None = None
@@ -101,7 +105,7 @@ class Profiler:
         """A block's forward has ended."""
         read = self.reading.calls[-1]
         read.forward_peak = self._peak()
-        read.mode, read.program, read.policy = call.mode, call.program_key, call.policy
+        read.mode, read.program, read.policy, read.tie = call.mode, call.program_key, call.policy, call.tie
         self._settled()
         self._meter.reset_peak()
 
@@ -115,6 +119,7 @@ class Profiler:
             return
         if self._last is None:
             self.reading.loss_peak = self._peak()
+            self._settle_links()
         else:
             self._last.backward_peak = self._peak()
         read = self._last = self.reading.calls[index]
@@ -123,6 +128,13 @@ class Profiler:
         read.backward_start = self._settled()
         read.gradients = self._gradients()
         self._meter.reset_peak()
+
+    def _settle_links(self) -> None:
+        """Which calls take what the call before them returned, and alone keep it alive: every frame stands now."""
+        for read in self.reading.calls:
+            if read.tie is not None and not is_held_elsewhere(read.tie.holders):
+                read.link = read.tie.link
+            read.tie = None
 
     def backward_ended(self) -> None:
         """The optimizer is about to step, or the next forward to begin."""
@@ -269,7 +281,14 @@ def step_profile(
         )
     )
     used = {reading.calls[i].program for i in replayed}
-    calls = tuple(BlockCall(name=reading.calls[i].name, program=reading.calls[i].program) for i in replayed)
+    calls = tuple(
+        BlockCall(
+            name=reading.calls[i].name,
+            program=reading.calls[i].program,
+            link=reading.calls[i].link if i - 1 in place else None,
+        )
+        for i in replayed
+    )
     inside = sum(programs[c.program].forward_seconds + programs[c.program].backward_seconds for c in calls)
     profile = StepProfile(
         device=str(device),

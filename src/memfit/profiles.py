@@ -34,7 +34,6 @@ class Node:
             ``None``.
         narrow_seconds: Time to narrow and to widen again.
         must_keep: Saved, and no recipe can bring it back.
-        linked: An input that is the output of the block call before it, so that a recipe may run through that block.
     """
 
     storage_bytes: int
@@ -45,7 +44,6 @@ class Node:
     narrow_bytes: int | None = None
     narrow_seconds: float = 0.0
     must_keep: bool = False
-    linked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,16 +108,31 @@ class ProgramProfile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """The very tensor that the block call before returned enters this one, so that a recipe may run through that block.
+
+    Attributes:
+        input: Node of this call's program: the input that the tensor is.
+        output: Node of the program of the call before: the output that it is.
+    """
+
+    input: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCall:
     """One call of a block in a training step.
 
     Attributes:
         name: Qualified module name, such as ``model.layers.3``.
         program: Key into `StepProfile.programs`.
+        link: To the call before it in `StepProfile.calls`, if nothing else keeps the tensor between them alive.
     """
 
     name: str
     program: str
+    link: Link | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from memfit import canary
-from memfit.errors import MemfitError
+from memfit.closures import OutputRecipe, closure, droppable, output_recipe
 from memfit.plans import Policy
 from memfit.programs import Program, ProgramOp, Ref, Value, refs
 
@@ -51,6 +51,8 @@ class CompiledPolicy:
         narrow: Saved tensors that are kept in narrow form.
         custom: Kept saved tensors of custom autograd Functions.
         narrowed: Kept node -> (narrow dtype or None for a mask, scale).
+        reads_link: Saved tensors whose closure reads the linked input.
+        returned: The recipe of the output that the next call's linked input is.
     """
 
     policy: Policy
@@ -69,6 +71,8 @@ class CompiledPolicy:
     snapshots: tuple[int, ...]
     narrowed: dict[int, tuple[torch.dtype | None, float]]
     dropped: tuple[int, ...]
+    reads_link: frozenset[int]
+    returned: OutputRecipe | None
     probes: canary.Probes
     narrow: tuple[int, ...]
     custom: tuple[int, ...]
@@ -76,7 +80,7 @@ class CompiledPolicy:
     @property
     def saves_all(self) -> bool:
         """Whether every handle keeps its tensor as it is."""
-        return not (self.dropped or self.narrow or self.custom)
+        return not (self.dropped or self.narrow or self.custom or self.returned)
 
 
 def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
@@ -94,6 +98,8 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         if node.leaf is not None:
             if node.leaf.kind != "input":
                 available[number] = "parameter"
+            elif number == policy.linked:
+                available[number] = "link"
             elif number in kept_nodes:
                 available[number] = "input"
         elif number in kept_nodes and number in first_saved and not node.custom:
@@ -106,12 +112,13 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
     kept: dict[int, int] = {}
     inputs: dict[int, int] = {}
     all_ops: set[int] = set()
+    reads_link: set[int] = set()
     for saved in program.saved:
         number = saved.value.node
         node = program.nodes[number]
         if number in policy.narrowed:
             actions.append(NARROW)
-        elif number in kept_nodes or not _droppable(program, number) or available.get(number) == "parameter":
+        elif number in kept_nodes or not droppable(program, number) or available.get(number) == "parameter":
             actions.append(SAVE)
         else:
             actions.append(RECOMPUTE)
@@ -120,17 +127,20 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
             leaves.append(())
             parameters.append(())
             continue
-        closure, read = _closure(program, number, available)
-        closures.append(closure)
-        all_ops.update(closure)
-        leaves.append(tuple(n for n in read if available[n] != "parameter"))
+        ops, read = closure(program, number, available)
+        closures.append(ops)
+        all_ops.update(ops)
+        leaves.append(tuple(n for n in read if available[n] in ("kept", "input")))
         parameters.append(tuple(n for n in read if available[n] == "parameter"))
-        for n in leaves[-1]:
-            leaf = program.nodes[n].leaf
-            if leaf is not None:
-                inputs[n] = leaf.index
-            else:
-                kept[n] = first_saved[n]
+        if any(available[n] == "link" for n in read):
+            reads_link.add(len(closures) - 1)
+    returned = output_recipe(program, policy.returned, available)
+    for n in sorted({n for group in (*leaves, returned.leaves if returned else ()) for n in group}):
+        leaf = program.nodes[n].leaf
+        if leaf is not None:
+            inputs[n] = leaf.index
+        else:
+            kept[n] = first_saved[n]
     for n, index in kept.items():
         bases[n] = program.saved[index].value
     for number, node in enumerate(program.nodes):
@@ -143,6 +153,8 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
     for index, action in enumerate(actions):
         if action == RECOMPUTE:
             uses[program.saved[index].value.node] += 1
+    if returned is not None:
+        all_ops.update(returned.closure)
     dropped = [i for i, action in enumerate(actions) if action == RECOMPUTE]
     narrowed: dict[int, tuple[torch.dtype | None, float]] = {}
     for n in policy.narrowed:
@@ -157,7 +169,9 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         leaves=leaves,
         parameters=parameters,
         inputs=inputs,
-        parameter_nodes=tuple(sorted({n for group in parameters for n in group})),
+        parameter_nodes=tuple(
+            sorted({n for group in [*parameters, returned.parameters if returned else ()] for n in group})
+        ),
         kept=kept,
         bases=bases,
         uses=uses,
@@ -165,39 +179,14 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         snapshots=tuple(sorted({s for i in all_ops if (s := program.ops[i].snapshot) is not None})),
         narrowed=narrowed,
         dropped=tuple(dropped),
+        reads_link=frozenset(reads_link),
+        returned=returned,
         probes=canary.Probes((i, program.saved[i].value, program.saved[i].device) for i in dropped),
         narrow=tuple(i for i, action in enumerate(actions) if action == NARROW),
         custom=tuple(
             i for i, s in enumerate(program.saved) if actions[i] == SAVE and program.nodes[s.value.node].custom
         ),
     )
-
-
-def _droppable(program: Program, number: int) -> bool:
-    node = program.nodes[number]
-    if node.leaf is not None:
-        return node.leaf.kind == "input"
-    return node.recomputable
-
-
-def _closure(program: Program, number: int, available: dict[int, str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ops that make node ``number`` from available nodes, in program order, and the available nodes that they read."""
-    wanted, run, read = [number], set(), set()
-    while wanted:
-        n = wanted.pop()
-        if n in available:
-            read.add(n)
-            continue
-        producer = program.nodes[n].producer
-        if producer is None or not program.ops[producer].recomputable:
-            why = program.nodes[n].reason or "not kept"
-            raise MemfitError(f"No recipe leads to node {n} of program {program.key}: {why}. Keep it.")
-        if producer in run:
-            continue
-        run.add(producer)
-        op = program.ops[producer]
-        wanted.extend(op.inputs)
-    return tuple(sorted(run)), tuple(sorted(read))
 
 
 def view_of(base: torch.Tensor, value: Value, shown: Value) -> torch.Tensor:
@@ -295,7 +284,7 @@ class Restorer:
     Not thread-safe by itself: the frame holds its lock around `restore`.
     """
 
-    __slots__ = ("_bases", "_compiled", "_done", "_states", "_uses", "_values", "env")
+    __slots__ = ("_bases", "_compiled", "_done", "_given", "_states", "_uses", "_values", "env")
 
     def __init__(self, compiled: CompiledPolicy, states: dict[int, dict[Any, torch.Tensor]] | None) -> None:
         """Start a pass.
@@ -309,6 +298,7 @@ class Restorer:
         self._values = compiled.values
         self._uses = compiled.uses.copy()
         self._done: set[int] = set()
+        self._given: set[int] = set()
         self._states = states
         self.env: Environment = {}
 
@@ -321,10 +311,20 @@ class Restorer:
             return None
         out = view_of(base, value, self._bases[node])
         uses = self._uses
-        uses[node] -= 1
+        if index not in self._given:
+            self._given.add(index)
+            uses[node] -= 1
         if uses[node] <= 0:
             del self.env[node]
         return out
+
+    def wants(self, index: int, node: int) -> bool:
+        """Whether bringing ``index`` back reads ``node``, which is not there."""
+        if node in self.env:
+            return False
+        every = self._compiled.closures[index]
+        left = [i for i in every if i not in self._done] or every
+        return self._values[index].node == node or any(node in self._compiled.program.ops[i].inputs for i in left)
 
     def restore(self, index: int, leaves: Iterable[tuple[int, torch.Tensor]]) -> torch.Tensor:
         """The saved tensor ``index``, which the policy dropped.
@@ -337,7 +337,9 @@ class Restorer:
         node = self._values[index].node
         if node not in env:
             if compiled.program.nodes[node].producer in self._done:
-                return Restorer(compiled, self._states).restore(index, leaves)  # asked for again in the same pass
+                again = Restorer(compiled, self._states)  # asked for again in the same pass
+                again.env.update(env)
+                return again.restore(index, leaves)
             closure = [i for i in compiled.closures[index] if i not in self._done]
             for leaf, tensor in leaves:
                 env[leaf] = tensor

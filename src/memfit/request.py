@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from memfit.errors import PlanError, UsageError
 from memfit.plans import Plan, Policy
 from memfit.profiles import ProgramProfile, StepProfile
+from memfit.solver.links import settled
 from memfit.solver.planner import make_plan
 from memfit.solver.special import full_policy, plain_policy, selective_policy
 from memfit.solver.working_set import kept_bytes, recipe_ops
@@ -63,6 +64,7 @@ class Request:
         """What was asked for as a plan; where nothing was, one that keeps everything."""
         choose = self.first if self.decides else _plain
         policies = [choose(profile.programs[call.program], call.name) for call in profile.calls]
+        policies = settled(profile, policies)
         return make_plan(profile, policies, budget_bytes=None, model=model, fingerprint=fingerprint)
 
     def _note_stranger(self, name: str) -> None:

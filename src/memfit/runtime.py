@@ -27,6 +27,7 @@ from memfit.frames import Frame, Kept, forget_failed_passes
 from memfit.holders import Holders
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
 from memfit.limits import Keeper
+from memfit.links import Links
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program
@@ -70,6 +71,7 @@ class Runtime:
         self.mismatches = 0
         self._turns = Turns()
         self._local = threading.local()
+        self.links = Links()
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
             self.add_block(name, module)
@@ -194,12 +196,8 @@ class Runtime:
             self._start_recording(call)
         else:
             call.entry = entry
-            policy = self.choose(entry.state, call.index, block.name)
-            call.compiled = entry.state.compile(policy)
-            if call.compiled.snapshots:
-                call.open(park_and_snapshot(call))
-            else:
-                call.open(park(call))
+            call.compiled = entry.state.compile(self.links.accept(call, entry.state, self.choose, self.calls))
+            call.open(park_and_snapshot(call) if call.compiled.snapshots else park(call))
         stack.append(call)
 
     def after(self, block: Block, output: Any) -> None:
@@ -220,6 +218,7 @@ class Runtime:
             call.fall_back()
         else:
             self._finish(call, output)
+        self.links.leave(call, output, self.calls, watched=self.listener is not None)
         if call.index == 0 or self.listener is not None or call.index in self.keeper.limits.before:
             call.watch_backward(BackwardHook(self, call.index))
         if call.index == 0:
@@ -317,7 +316,7 @@ class Runtime:
         entry.record_after = 2 ** min(entry.recordings, 10) if program.unproven else 0
         self._remember(block, call.signature, entry)
         call.entry = entry
-        call.compiled = state.compile(self.choose(state, call.index, block.name))
+        call.compiled = state.compile(self.links.accept(call, state, self.choose, self.calls))
         call.fresh = True
         self._finish(call, output)
 
@@ -384,7 +383,7 @@ class Runtime:
             # all bits are hashed now and compared when the backward asks for them.
             entry.verified += 1
             hashed = True
-            wrong = verify(call, frame) if self.has_room(call.index) else ""
+            wrong = verify(call, frame, output) if self.has_room(call.index) else ""
             if wrong:
                 self.note(f"demoted {state.key} {wrong}", f"`{block.name}`: {wrong}")
                 block.forget(call.signature)  # what it computes may have changed

@@ -74,7 +74,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *exc: Any) -> None:
         self._unpatch()
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        self._owner = None  # a frame holds its callers' frames, and they hold the model's intermediate results
+        self.leaves, self._owner = [], None  # a frame holds its callers' frames, and they hold what is computed
         self.program.python_random = python_random_state() != self._random_state
 
     def _unpatch(self) -> None:

@@ -2,7 +2,8 @@
 
 Relaxed twice: policies may be mixed in one call (the lower hull of all policies, not only those offered to the solver);
 and a working set is only bounded by what is kept and by what autograd holds anyway, as if recomputation needed none
-itself. So no plan of this kind is faster, and the best one may be slower.
+itself. So no plan that keeps block inputs is faster, and the best one may be slower. Under the peaks that such plans
+reach, where inputs come back through the blocks before (`links`), there is no bound.
 """
 
 from __future__ import annotations

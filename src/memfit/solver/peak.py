@@ -5,16 +5,19 @@
 
 The working set of a forward pass is the program's own, whatever the policy, because saved tensors stay parked until it
 ends; that of a backward pass depends on the policy (`working_set`); events outside the blocks have none of their own.
+Where a call's input is dropped and comes back through the calls before it, its backward pass also needs what their
+recipes need at that moment (`links`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memfit.errors import PlanError
 from memfit.plans import Plan, Policy
 from memfit.profiles import StepEvent, StepProfile
+from memfit.solver.links import restored
 from memfit.solver.working_set import WorkingSet, working_set
 
 
@@ -76,13 +79,32 @@ def simulate(profile: StepProfile, plan: Plan) -> Simulation:
 
 
 def simulate_policies(profile: StepProfile, policies: Sequence[Policy]) -> Simulation:
-    """As `simulate`, from one policy per block call."""
+    """As `simulate`, from one policy per block call.
+
+    Raises:
+        PlanError: A policy drops an input that the call before does not bring back.
+    """
     walked: dict[Policy, WorkingSet] = {}
     for policy in policies:
         if policy not in walked:
             walked[policy] = working_set(profile.programs[policy.program], policy)
     sets = [walked[policy] for policy in policies]
+    if any(policy.linked is not None for policy in policies):
+        for place, source in enumerate(restored(profile, policies)):
+            if source is not None:
+                sets[place] = with_link(sets[place], seconds=source.seconds, peak_bytes=source.peak_bytes)
     return simulate_sets(profile, sets)
+
+
+def with_link(walked: WorkingSet, *, seconds: float, peak_bytes: int) -> WorkingSet:
+    """The working set of a call whose linked input takes so much to bring back."""
+    if walked.link_bytes is None:
+        return walked
+    return replace(
+        walked,
+        peak_bytes=max(walked.peak_bytes, walked.link_bytes + peak_bytes),
+        recompute_seconds=walked.recompute_seconds + seconds,
+    )
 
 
 def simulate_sets(profile: StepProfile, sets: Sequence[WorkingSet]) -> Simulation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from memfit.errors import InfeasibleBudgetError, UsageError
@@ -12,13 +12,17 @@ from memfit.profiles import StepEvent, StepProfile
 from memfit.solver.chain import CELLS, fastest, smallest_budget
 from memfit.solver.crossed import Crossed
 from memfit.solver.frontier import Option, block_options
-from memfit.solver.lifetimes import Chain, nested, own_call
+from memfit.solver.lifetimes import Chain, Nested, nested, own_call
+from memfit.solver.linked import LinkedSearch, has_links
 from memfit.solver.peak import Simulation, event_bytes, simulate_policies
 from memfit.solver.special import full_policy, plain_policy, selective_policy
 from memfit.solver.working_set import kept_bytes
 
 TIE = 1e-3
 """Plans whose recompute times differ by less than this part are equally fast: times are known no better."""
+TIGHT = 1 / 16
+"""Up to this part of the way from the smallest peak without links to the plain peak, links are tried too. Further up,
+other values cost less time per byte than a block's input does."""
 _COARSE_CELLS = 512
 _SWITCHES = {"plain": plain_policy, "full": full_policy, "selective": selective_policy}
 
@@ -54,25 +58,65 @@ def solve(
         Beaumont et al. 2019, hal-02352969, for the chain. Differs: the options of a block come from its own frontier.
     """
     by_program = {key: block_options(program, max_options=max_options) for key, program in profile.programs.items()}
-    search = _search(profile, [by_program[call.program] for call in profile.calls])
+    options = [by_program[call.program] for call in profile.calls]
+    step = nested(profile, options)
+    search = _search(profile, options, step)
     smallest = search.smallest_peak()
     limit = smallest if budget == "min" else budget - margin_bytes
-    if limit < smallest:
-        assert budget != "min"
+    policies: list[Policy] | None = None
+    event = ""
+    if limit >= smallest:
+        picked = search.within(limit, CELLS)
+        assert picked is not None, "a budget that leaves room has a plan"
+        policies = search.policies(_settle(search, picked, smallest))
+    if step is not None and has_links(profile) and (budget == "min" or limit < _tight(profile, smallest)):
+        linked = LinkedSearch(profile, options, step, smallest)
+        found = linked.within(limit) if budget != "min" else None
+        if found is None:
+            found = linked.smallest()
+            smallest = min(smallest, simulate_policies(profile, found).peak_bytes)
+            limit = smallest if budget == "min" else limit
+        else:
+            smallest = min(smallest, limit)
+        if limit >= smallest:
+            policies = _better(profile, policies, found, any_seconds=budget == "min")
+        else:
+            event = simulate_policies(profile, found).event
+    elif policies is None:
         picked = search.within(smallest, CELLS)
         assert picked is not None
         event = simulate_policies(profile, search.policies(picked)).event
+    if policies is None:
+        assert budget != "min"
         raise InfeasibleBudgetError(budget, smallest + margin_bytes, event, _advice(profile, event))
-    picked = search.within(limit, CELLS)
-    assert picked is not None, "a budget that leaves room has a plan"
-    picked = _settle(search, picked, smallest)
-    return make_plan(
+    plan = make_plan(
         profile,
-        search.policies(picked),
-        budget_bytes=smallest if budget == "min" else budget,
+        policies,
+        budget_bytes=None if budget == "min" else budget,
         model=model,
         fingerprint=fingerprint,
     )
+    return replace(plan, budget_bytes=plan.predicted_peak_bytes) if budget == "min" else plan
+
+
+def _tight(profile: StepProfile, smallest: int) -> float:
+    """The budget under which links are tried."""
+    plain = {key: plain_policy(program) for key, program in profile.programs.items()}
+    peak = simulate_policies(profile, [plain[call.program] for call in profile.calls]).peak_bytes
+    return smallest + TIGHT * (peak - smallest)
+
+
+def _better(
+    profile: StepProfile, policies: list[Policy] | None, linked: list[Policy] | None, *, any_seconds: bool
+) -> list[Policy] | None:
+    """The policies with links where they have a lower peak that is asked for, or take less time; else the others."""
+    if policies is None or linked is None:
+        return linked if policies is None else policies
+    ours, theirs = simulate_policies(profile, policies), simulate_policies(profile, linked)
+    if any_seconds and theirs.peak_bytes < ours.peak_bytes:
+        return linked
+    faster = theirs.recompute_seconds < ours.recompute_seconds * (1 - TIE)
+    return linked if faster and (not any_seconds or theirs.peak_bytes <= ours.peak_bytes) else policies
 
 
 def switched(
@@ -181,9 +225,8 @@ class _Search:
         return max((event_bytes(self.profile, event, kept, working) for event in self.profile.events), default=0)
 
 
-def _search(profile: StepProfile, options: Sequence[Sequence[Option]]) -> _Search:
+def _search(profile: StepProfile, options: Sequence[Sequence[Option]], step: Nested | None) -> _Search:
     """By dynamic programming where lifetimes are nested, by integer programming where they cross."""
-    step = nested(profile, options)
     if step is None:
         crossed = Crossed(profile, options)
 

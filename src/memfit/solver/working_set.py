@@ -9,6 +9,8 @@ is the same for every policy. What the policy adds is replayed here as the runti
   tensor that has not been unpacked. What was unpacked stays until autograd releases it.
 - What was kept stays until autograd releases it and no recipe reads it any more.
 - What was kept in narrow form holds its narrow bytes that long, and its full bytes from its first use on.
+- A linked input comes back through the block call before when the first closure that reads it is about to run, and is
+  cached like any other node from then on. What that needs beside what is live is `links.Returned`'s to say.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ class WorkingSet:
         peak_bytes: Most bytes at once during the backward pass, ``kept_bytes`` that are still held included.
         recompute_seconds: Time of the ops that run again, and of narrowing.
         recomputed_ops: Indices of the ops that run again, ascending.
+        link_bytes: Bytes that are there when a linked input begins to come back; ``None``: none ever does.
+            ``peak_bytes`` and ``recompute_seconds`` are without what the block calls before it need for that.
     """
 
     kept_bytes: int
     peak_bytes: int
     recompute_seconds: float
     recomputed_ops: tuple[int, ...]
+    link_bytes: int | None = None
 
 
 def kept_bytes(program: ProgramProfile, policy: Policy) -> int:
@@ -47,13 +52,21 @@ def kept_bytes(program: ProgramProfile, policy: Policy) -> int:
     return total
 
 
+def present_nodes(policy: Policy) -> set[int]:
+    """The nodes that recipes may start from, beside parameters."""
+    present = set(policy.kept) | set(policy.narrowed)
+    if policy.linked is not None:
+        present.add(policy.linked)
+    return present
+
+
 def recipe_ops(program: ProgramProfile, policy: Policy) -> tuple[int, ...]:
     """The ops that run again so that every saved tensor is there, ascending.
 
     Raises:
         PlanError: A saved tensor is neither kept nor can ops bring it back from what is.
     """
-    present = set(policy.kept) | set(policy.narrowed)
+    present = present_nodes(policy)
     needed = {node for node in program.saved if node not in present and program.nodes[node].kind != "parameter"}
     found: list[int] = []
     # Against program order: what an op reads was made by ops before it, so one sweep finds the whole closure.
@@ -100,7 +113,13 @@ def working_set(program: ProgramProfile, policy: Policy) -> WorkingSet:
             walk.unpack(event.index)
         else:
             walk.release(event.index)
-    return WorkingSet(kept_bytes=held, peak_bytes=walk.peak, recompute_seconds=seconds, recomputed_ops=ops)
+    return WorkingSet(
+        kept_bytes=held,
+        peak_bytes=walk.peak,
+        recompute_seconds=seconds,
+        recomputed_ops=ops,
+        link_bytes=walk.link_bytes,
+    )
 
 
 class _Walk:
@@ -115,6 +134,8 @@ class _Walk:
         self.frame = {node: program.nodes[node].keep_bytes or 0 for node in policy.kept}
         self.frame.update({node: program.nodes[node].narrow_bytes or 0 for node in policy.narrowed})
         self.narrowed = set(policy.narrowed)
+        self.linked = policy.linked
+        self.link_bytes: int | None = None
         self.cached: set[int] = set()
         # How often a node will still be wanted: by recipe ops that have not run, by saved tensors not yet unpacked; and
         # how many of its saved tensors autograd has not released.
@@ -166,7 +187,14 @@ class _Walk:
             if node in self.narrowed:
                 self.cache(node)
             return
-        for number in self.closure(node):
+        if node == self.linked:
+            self.link_bytes = max(self.current, self.link_bytes or 0)
+            self.cache(node)
+            return
+        closure = self.closure(node)
+        if self.linked is not None and any(self.linked in self.program.ops[number].inputs for number in closure):
+            self.ensure(self.linked)  # before anything of this closure runs
+        for number in closure:
             op = self.program.ops[number]
             for source in op.inputs:
                 if source in self.narrowed:

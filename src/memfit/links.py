@@ -1,0 +1,309 @@
+"""Links between block calls: the input of a block may be dropped where the block before can bring it back.
+
+What call j-1 returned is offered to the next call. If the very tensor, at the version that it was returned with, enters
+call j as an argument (design, rule 15), j may drop it: its handles then hold what the recipe of that output reads, and
+so on through j-1's own dropped input. They hold it as they hold the leaves of their own recipes, so memory is freed
+with the autograd graph. On any break between the two (another object, ``h += 1``, a call that kept everything, another
+stream) j keeps its input.
+
+Bringing an input back runs one call's recipe after another, from the first that starts at something kept. Nothing that
+is made on the way stays, so what that needs is the most that any one of them needs; the input itself is cached in j's
+frame until its last use there.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memfit.errors import ChangedTensorError
+from memfit.plans import Policy
+from memfit.profiles import Link
+from memfit.programs import Program, Value
+from memfit.replay import Environment, run_ops, view_of
+from memfit.signature import numeric_flags, output_tensors, set_numeric_flags
+from memfit.solver.links import kept_input
+
+if TYPE_CHECKING:
+    from memfit.calls import Call
+    from memfit.entries import ProgramState
+    from memfit.frames import Cell, Frame
+
+Choose = Callable[["ProgramState", int, str], Policy | None]
+_GIVEN = -1
+"""Where an environment holds what one call hands to the next."""
+
+
+class Upstream:
+    """Brings back what a call returned. Held by the handles of the call that it entered, and by nothing else."""
+
+    __slots__ = ("cells", "counter", "frame", "pointer", "source", "tensor", "value", "version")
+
+    def __init__(
+        self, tensor: torch.Tensor, value: Value, frame: Frame, cells: tuple[Cell, ...], source: Upstream | None
+    ) -> None:
+        """An output of a call.
+
+        Args:
+            tensor: It, as it was returned.
+            value: The view of a node that it is.
+            frame: Of the call that returned it.
+            cells: What the recipe of the output reads.
+            source: Brings back that call's own input, if the recipe reads it and the call dropped it.
+        """
+        self.frame = frame
+        self.cells = cells
+        self.source = source
+        self.value = value
+        self.tensor = weakref.ref(tensor)
+        self.pointer = tensor.data_ptr()
+        self.counter = _counter_of(tensor)
+        self.version: int = tensor._version
+
+    def restore(self) -> torch.Tensor:
+        """The tensor, as it was when it was returned. Iterative: a row of links may be long (rule 14)."""
+        row: list[Upstream] = []
+        upstream: Upstream | None = self
+        env: Environment = {}
+        while upstream is not None:
+            there = upstream._there()
+            if there is not None:
+                env[_GIVEN] = there
+                break
+            row.append(upstream)
+            upstream = upstream.source
+        while row:
+            env = row.pop()._run(env)
+        return env[_GIVEN]
+
+    def _there(self) -> torch.Tensor | None:
+        """The tensor itself, where something else keeps it."""
+        tensor = self.tensor()
+        if tensor is None or not _same_version(tensor, self.version) or tensor.data_ptr() != self.pointer:
+            return None
+        return tensor.detach()
+
+    def _run(self, env: Environment) -> Environment:
+        frame = self.frame
+        compiled = frame.compiled
+        recipe = compiled.returned
+        assert recipe is not None
+        if recipe.reads_link:
+            assert compiled.policy.linked is not None
+            env[compiled.policy.linked] = env.pop(_GIVEN)
+        leaves = [(node, frame._checked(node, tensor, version)) for node, tensor, version in self.cells]
+        frame._add_parameters(recipe.parameters, leaves)
+        env.update(leaves)
+        del leaves  # from here on each is freed at its last use
+        return {_GIVEN: run_output(frame, env, self.value)}
+
+    def check(self, block: str) -> None:
+        """Refuse what plain autograd would refuse: a saved input that was written since.
+
+        What comes back is right all the same; but a plain step would have raised, and silence hides a mistake.
+        """
+        if not _same_version(self.counter, self.version):
+            raise ChangedTensorError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"the input of block `{block}` ([{self.counter.type()} {list(self.value.size)}]) is at version "
+                f"{self.counter._version}; expected version {self.version} instead. Write out of place."
+            )
+
+
+def run_output(frame: Frame, env: Environment, value: Value) -> torch.Tensor:
+    """Run the recipe of an output from what it reads, which goes at its last use; the view ``value`` of it."""
+    compiled = frame.compiled
+    recipe = compiled.returned
+    assert recipe is not None
+    uses = list(recipe.uses)
+    if frame.flags == numeric_flags():
+        run_ops(compiled, recipe.closure, env, uses, frame.states)
+    else:
+        with set_numeric_flags(frame.flags):
+            run_ops(compiled, recipe.closure, env, uses, frame.states)
+    return view_of(env[recipe.node], value, compiled.bases[recipe.node])
+
+
+class Offer:
+    """What one call returned, until the next begins. Holds what recipes read no longer than an output lives."""
+
+    __slots__ = ("__weakref__", "calls", "cells", "frame", "index", "outputs", "program", "source", "stream")
+
+    def __init__(self, call: Call, outputs: list[torch.Tensor], calls: list[Call]) -> None:
+        """What ``call`` returned, as one of ``calls``, those of the step."""
+        assert call.compiled is not None
+        self.calls = calls
+        self.index = call.index
+        self.program: Program = call.compiled.program
+        self.frame: Any = call.kept_frame if call.upstream is not None else None
+        self.cells = call.upstream
+        self.source = call.link
+        self.stream = _stream(outputs)
+        me = weakref.ref(self)
+
+        def withdraw(_: object) -> None:
+            offer = me()
+            if offer is not None and all(ref() is None for ref, _ in offer.outputs):
+                offer.frame = offer.cells = offer.source = None
+
+        self.outputs = [(weakref.ref(tensor, withdraw), tensor._version) for tensor in outputs]
+
+    def enters(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
+        """Which argument is which output, unchanged; the largest, if several are."""
+        found = None
+        size = 0
+        for argument, tensor in enumerate(tensors):
+            for output, (ref, version) in enumerate(self.outputs):
+                if ref() is tensor and _same_version(tensor, version) and tensor.numel() > size:
+                    if any(tensor is other for other in tensors[:argument]):
+                        continue
+                    found, size = (argument, output), tensor.numel()
+        if found is not None and self.stream is not None and _stream([tensors[found[0]]]) != self.stream:
+            return None
+        return found
+
+
+class Tie:
+    """One call's argument is an output of the call before it.
+
+    Attributes:
+        argument: Its index among the tensors that the call was given.
+        output: Its index among those that the call before returned.
+        link: The two as nodes, once both programs are known and such a link could be used.
+        holders: Where the call holds the tensor, if somebody wants to know.
+    """
+
+    __slots__ = ("argument", "holders", "link", "offer", "output")
+
+    def __init__(self, argument: int, output: int, offer: Offer) -> None:
+        self.argument = argument
+        self.output = output
+        self.offer: Offer | None = offer
+        self.link: Link | None = None
+        self.holders: list[weakref.ref[torch.Tensor]] = []
+
+
+class Links:
+    """The offers between the calls of one runtime, one for each thread."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.used = False
+        self._local = threading.local()
+
+    def leave(self, call: Call, output: Any, calls: list[Call], *, watched: bool) -> None:
+        """A call ends; if ``watched``, somebody will ask for its `Tie`."""
+        if call.mode != "replay" or not (watched or call.upstream is not None):
+            return
+        if call.tie is not None and watched:
+            call.tie.link = _linked_nodes(call)
+            call.tie.holders = _holders(call)
+        if not _is_sharded(call.block.module):
+            self.used = True
+            self._local.offer = Offer(call, output_tensors(output), calls)
+
+    def enter(self, call: Call, calls: list[Call]) -> None:
+        """A call begins: is one of its arguments what the call before it returned?"""
+        if not self.used:
+            return
+        offer, self._local.offer = getattr(self._local, "offer", None), None
+        if offer is None or offer.calls is not calls or offer.index != call.index - 1:
+            return
+        found = offer.enters(call.tensors)
+        if found is not None:
+            call.tie = Tie(found[0], found[1], offer)
+
+    def accept(self, call: Call, state: ProgramState, choose: Choose, calls: list[Call]) -> Policy | None:
+        """The policy for a call: as chosen if its dropped input can come back, else with that input kept."""
+        self.enter(call, calls)
+        policy = choose(state, call.index, call.block.name)
+        return policy if policy is None or policy.linked is None else _linked(call, state.program, policy)
+
+
+def _linked(call: Call, program: Program, policy: Policy) -> Policy:
+    """The policy, and its way back to the input in ``call.link``; or that input kept."""
+    assert policy.linked is not None
+    tie = call.tie
+    offer = tie.offer if tie is not None else None
+    if tie is None or offer is None or offer.frame is None or offer.cells is None:
+        return kept_input(policy)
+    recipe = offer.frame.compiled.returned
+    value = offer.program.outputs[tie.output]
+    if recipe is None or recipe.node != value.node or input_node(program, tie.argument) != policy.linked:
+        return kept_input(policy)
+    source = offer.source if recipe.reads_link else None
+    call.link = Upstream(call.tensors[tie.argument], value, offer.frame, offer.cells, source)
+    return policy
+
+
+def input_node(program: Program, argument: int) -> int | None:
+    """The node of a program that is its ``argument``-th tensor, if recipes may start from it."""
+    for number, node in enumerate(program.nodes):
+        if node.leaf is not None and node.leaf.kind == "input" and node.leaf.index == argument:
+            return None if node.custom else number
+    return None
+
+
+def is_held_elsewhere(holders: list[weakref.ref[torch.Tensor]]) -> bool:
+    """Whether somebody beside ``holders`` keeps the storage of what they hold alive: dropping it would free nothing."""
+    alive = {id(tensor): tensor for ref in holders if (tensor := ref()) is not None}
+    if not alive:
+        return False
+    storage = next(iter(alive.values())).untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) > len(alive) + 1  # the one is `storage`
+
+
+def _linked_nodes(call: Call) -> Link | None:
+    tie = call.tie
+    assert tie is not None
+    assert call.compiled is not None
+    if tie.offer is None:
+        return None
+    before = tie.offer.program
+    linked = input_node(call.compiled.program, tie.argument)
+    output = before.outputs[tie.output].node
+    if linked is None or (before.nodes[output].leaf is None and not before.nodes[output].recomputable):
+        return None
+    return Link(input=linked, output=output)
+
+
+def _holders(call: Call) -> list[weakref.ref[torch.Tensor]]:
+    assert call.tie is not None
+    storage = call.tensors[call.tie.argument].untyped_storage()._cdata
+    found: dict[int, torch.Tensor] = {}
+    for handle in call.handles:
+        for tensor in (handle.tensor, *(tensor for _, tensor, _ in handle.leaves)):
+            if tensor is not None and tensor.untyped_storage()._cdata == storage:
+                found[id(tensor)] = tensor
+    return [weakref.ref(tensor) for tensor in found.values()]
+
+
+def _same_version(tensor: torch.Tensor, version: int) -> bool:
+    """Rule 15: the same object may have been written since (``h += 1``)."""
+    return tensor._version == version
+
+
+def _is_sharded(module: torch.nn.Module) -> bool:
+    """Whether the block's parameters are there only around its own forward and backward (FSDP, ZeRO-3; rule 8)."""
+    if hasattr(module, "_get_fsdp_state") or hasattr(module, "_fsdp_wrapped_module"):
+        return True
+    return hasattr(next(module.parameters(), None), "ds_id")
+
+
+def _counter_of(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor with the version counter of ``tensor``: it counts on when that, and its storage, are gone."""
+    counter = tensor.detach()
+    counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return counter
+
+
+def _stream(tensors: list[torch.Tensor]) -> Any:
+    """The stream that tensors are computed on; ``None`` where there is only one."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            return torch.cuda.current_stream(tensor.device)
+    return None
