@@ -67,7 +67,11 @@ class Fitted:
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
         simulation = simulate(profile, plan)
         events = simulation.events
-        self.limits = limits(profile, simulation, indices, limit) if limit is not None else Limits()
+        self.limits = (
+            limits(profile, [plan.policy(i) for i in range(len(plan.calls))], indices, limit)
+            if limit is not None
+            else Limits()
+        )
         plain = {
             key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed")
             for key, p in profile.programs.items()

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 from memfit import host
 from memfit.memory import Meter
+from memfit.plans import Policy
 from memfit.profiles import StepProfile
-from memfit.solver.peak import Simulation
+from memfit.solver.peak import simulate_policies
+from memfit.solver.working_set import working_set
 
 NEAR_SHARE = 0.8
 """Where the peak stays under this share of the budget, freed memory may lie where it is."""
-SCATTER = 1.5
+SCATTER = 1.25
 """By how much more than its tensors need memory may grow, since freed memory of another size does not serve them."""
 
 
@@ -71,9 +73,9 @@ class Keeper:
             return
         held, budget = self._meter.now(), self.limits.budget
         if held + growth > budget:
-            self._meter.release()
+            host.release(held + growth - budget)
             held = self._meter.now()
-        eager = held + SCATTER * growth > budget
+        eager = held + growth > budget
         if eager != self._eager:
             self._eager = eager and host.release_eagerly(on=True)
             if not eager:
@@ -86,15 +88,16 @@ class Keeper:
             host.release_eagerly(on=False)
 
 
-def limits(profile: StepProfile, simulation: Simulation, indices: Sequence[int], budget: int) -> Limits:
+def limits(profile: StepProfile, policies: Sequence[Policy], indices: Sequence[int], budget: int) -> Limits:
     """What the events up to the next moment add to what is held at each.
 
     Args:
         profile: The step.
-        simulation: Of the plan in force.
+        policies: Of its calls.
         indices: For each call of the profile its index among the block calls of the step.
         budget: Bytes.
     """
+    simulation = simulate_policies(profile, policies)
     if simulation.peak_bytes < NEAR_SHARE * budget or not profile.events:
         return Limits()
     after: dict[int, int] = {}
@@ -103,14 +106,18 @@ def limits(profile: StepProfile, simulation: Simulation, indices: Sequence[int],
     held = profile.events[0].outside_bytes
     growth = 0
     growths, moment = after, -1
-
+    gross: dict[Policy, int] = {}
     for event, (_, size) in zip(profile.events, simulation.events, strict=True):
         own = kept[event.call] if event.call is not None else 0
         own += event.outside_bytes + sum(kept[call] for call in event.live_calls)
         if event.kind == "backward" and event.call is not None:
             growths[moment] = growth
             growths, moment, held, growth = before, indices[event.call], own, 0
-        growth = max(growth, size - held)
+            policy = policies[event.call]
+            if policy not in gross:
+                gross[policy] = working_set(profile.programs[policy.program], policy).growth_bytes
+            growth = gross[policy]
+        growth = max(growth, int(SCATTER * (size - held)))
         if event.kind == "forward" and event.call is not None:
             growths[moment] = growth
             growths, moment, held, growth = after, indices[event.call], own, 0

@@ -6,13 +6,15 @@ from memfit.fitted import Fitted
 from memfit.host import allocator
 
 MAX_CORRECTIONS = 4
-SHARE = {"tcmalloc": 0.03, "jemalloc": 0.05, "glibc": 0.08}
+SHARE = {"tcmalloc": 0.05, "jemalloc": 0.06, "glibc": 0.08}
 """Of what a plan moves; a few percent on CUDA too, for blocks that the caching allocator cannot join."""
 CUDA_SHARE = 0.05
 FLOOR = 6 * 2**20
 SETTLED_STEPS = 3
 ROOM_SHARE = 0.025
 """After so many planned steps, a plan that left more than this share of the budget unused is made again."""
+MARGIN_SHARE = 0.02
+"""Of the budget, left free beyond what its steps have shown: they differ by so much."""
 
 
 class Slack:
@@ -49,7 +51,7 @@ class Slack:
             and fitted.plan.recompute_seconds > 0
             and budget - fitted.peak > ROOM_SHARE * budget
         ):
-            self._set(max(0, over) + max(FLOOR, int(0.01 * budget)))
+            self._set(max(0, over) + max(FLOOR, int(MARGIN_SHARE * budget)))
             fitted.stale = True
 
     def _set(self, size: int) -> None:
