@@ -37,14 +37,17 @@ tcmalloc:
 demo: $(STAMP)-report,demo tcmalloc
 	$(BIN)/python -m demo.code_search
 
+# The slow tests read the memory of whole processes: one after the other, with nothing beside them.
 test: $(STAMP)-dev tcmalloc
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)-dev tcmalloc
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 format: $(STAMP)-dev
 	$(BIN)/ruff format .
