@@ -174,3 +174,11 @@ def indexes_by_integers(func: OpOverload, args: tuple[Any, ...]) -> bool:
     if base_name(func) != "index":
         return False
     return all(t.dtype not in (torch.bool, torch.uint8) for t in args[1] if isinstance(t, torch.Tensor))
+
+
+def with_generator(func: OpOverload) -> OpOverload | None:
+    """The overload of a random op that draws from a generator it is given, or ``None``."""
+    if any(argument.name == "generator" for argument in func._schema.arguments):
+        return func
+    other = getattr(func.overloadpacket, "generator", None) if func._overloadname == "default" else None
+    return other if isinstance(other, OpOverload) else None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from memfit import canary
+from memfit import canary, ops
 from memfit.closures import OutputRecipe, closure, droppable, output_recipe
 from memfit.plans import Policy
 from memfit.programs import Program, ProgramOp, Ref, Value, refs
@@ -203,7 +203,7 @@ def writable(base: torch.Tensor, shared: bool) -> torch.Tensor:
 
 def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept: dict[int, int]) -> Step:
     """One op as a function of an environment. Decrements the uses of what it reads, and frees at zero."""
-    func = op.func._op
+    func = ((ops.with_generator(op.func) if op.random else None) or op.func)._op
     flat = all(isinstance(a, Ref) or not refs(a) for a in op.args) and not refs(op.kwargs)
     slots = tuple((i, a.value) for i, a in enumerate(op.args) if isinstance(a, Ref) and a.value.node >= 0)
     outputs = tuple(op.outputs)
@@ -374,7 +374,7 @@ def run_ops(
             assert states is not None
             assert op.snapshot is not None
             state = states[op.snapshot][device.type]
-            if any(argument.name == "generator" for argument in op.func._schema.arguments):
+            if ops.with_generator(op.func) is not None:
                 own = torch.Generator(device)  # outside it nothing moves
                 own.set_state(state)
                 step(env, uses, own)
