@@ -199,18 +199,12 @@ def allocator() -> Allocator:
     return "glibc" if name.startswith(("libc.so", "libc-2")) and _symbol("malloc_trim") else "other"
 
 
-def release(size: int | None = None) -> bool:
+def release() -> bool:
     """Make the allocator hand back what it holds but nobody uses, so that `resident_bytes` is truthful.
-
-    Args:
-        size: Bytes that are enough, where the allocator can hand back a part.
 
     Returns:
         Whether the allocator could be asked.
     """
-    if size is not None and (part := _part_releaser()) is not None:
-        part(ctypes.c_size_t(size))
-        return True
     return _releaser()()
 
 
@@ -273,11 +267,6 @@ def _releaser() -> Callable[[], bool]:
         # 1 says that something was released, 0 that there was nothing to release: both are answers.
         return lambda: trim(ctypes.c_size_t(0)) in (0, 1)
     return lambda: False
-
-
-@functools.cache
-def _part_releaser() -> ctypes._NamedFuncPointer | None:
-    return _symbol("MallocExtension_ReleaseToSystem") if allocator() == "tcmalloc" else None
 
 
 @functools.cache

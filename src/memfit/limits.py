@@ -19,7 +19,7 @@ from memfit.solver.working_set import working_set
 
 NEAR_SHARE = 0.8
 """Where the peak stays under this share of the budget, freed memory may lie where it is."""
-SCATTER = 1.25
+SCATTER = 1.5
 """By how much more than its tensors need memory may grow, since freed memory of another size does not serve them."""
 
 
@@ -73,7 +73,7 @@ class Keeper:
             return
         held, budget = self._meter.now(), self.limits.budget
         if held + growth > budget:
-            host.release(held + growth - budget)
+            self._meter.release()
             held = self._meter.now()
         eager = held + growth > budget
         if eager != self._eager:

@@ -6,7 +6,7 @@ from memfit.fitted import Fitted
 from memfit.host import allocator
 
 MAX_CORRECTIONS = 4
-SHARE = {"tcmalloc": 0.05, "jemalloc": 0.06, "glibc": 0.08}
+SHARE = {"tcmalloc": 0.08, "jemalloc": 0.08, "glibc": 0.1}
 """Of what a plan moves; a few percent on CUDA too, for blocks that the caching allocator cannot join."""
 CUDA_SHARE = 0.05
 FLOOR = 6 * 2**20
