@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from memfit.errors import PlanError
 from memfit.plans import Policy
 from memfit.profiles import ProgramProfile, StepProfile
-from memfit.solver.working_set import present_nodes
+from memfit.solver.working_set import ops_behind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,26 +38,15 @@ class Returned:
 
 
 def returned(program: ProgramProfile, policy: Policy) -> Returned | None:
-    """What bringing ``policy.returned`` back takes; ``None`` if no recipe leads to it, or it is kept anyway."""
-    output = policy.returned
-    if output is None or output in policy.kept or output in policy.narrowed:
+    """What bringing ``policy.returned`` back takes; ``None`` if no recipe leads to it, or it is there anyway."""
+    output, nodes = policy.returned, program.nodes
+    if output is None or output in policy.kept or output in policy.narrowed or nodes[output].kind == "parameter":
         return None
-    nodes = program.nodes
-    present = present_nodes(policy)
-    if output in present:  # the block returns its linked input
+    if output == policy.linked:  # the block returns its linked input
         return Returned(seconds=0.0, peak_bytes=nodes[output].storage_bytes, reads_link=True)
-    ops: list[int] = []
-    needed = {output}
-    for number in range(len(program.ops) - 1, -1, -1):
-        op = program.ops[number]
-        if not op.recomputable or needed.isdisjoint(op.outputs):
-            continue
-        ops.append(number)
-        needed.difference_update(op.outputs)
-        needed.update(node for node in op.inputs if node not in present and nodes[node].kind != "parameter")
-    if needed:
+    ops, lacking = ops_behind(program, policy, (output,))
+    if lacking:
         return None
-    ops.reverse()
     wanted: dict[int, int] = {output: 1}
     for number in ops:
         for node in set(program.ops[number].inputs):

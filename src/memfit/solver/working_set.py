@@ -15,6 +15,7 @@ is the same for every policy. What the policy adds is replayed here as the runti
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memfit.errors import PlanError
@@ -54,22 +55,26 @@ def kept_bytes(program: ProgramProfile, policy: Policy) -> int:
     return total
 
 
-def present_nodes(policy: Policy) -> set[int]:
-    """The nodes that recipes may start from, beside parameters."""
-    present = set(policy.kept) | set(policy.narrowed)
-    if policy.linked is not None:
-        present.add(policy.linked)
-    return present
-
-
 def recipe_ops(program: ProgramProfile, policy: Policy) -> tuple[int, ...]:
     """The ops that run again so that every saved tensor is there, ascending.
 
     Raises:
         PlanError: A saved tensor is neither kept nor can ops bring it back from what is.
     """
-    present = present_nodes(policy)
-    needed = {node for node in program.saved if node not in present and program.nodes[node].kind != "parameter"}
+    found, lacking = ops_behind(program, policy, program.saved)
+    if lacking:
+        raise PlanError(
+            f"A policy for program `{program.key[:40]}` drops node {min(lacking)}, which no recipe brings back. "
+            "Make the plan again with `memfit plan`."
+        )
+    return found
+
+
+def ops_behind(program: ProgramProfile, policy: Policy, nodes: Iterable[int]) -> tuple[tuple[int, ...], set[int]]:
+    """The ops that bring ``nodes`` back from what a policy leaves there, ascending; and the nodes that none does."""
+    there = {node for node, each in enumerate(program.nodes) if each.kind == "parameter"}
+    there.update(policy.kept, policy.narrowed, () if policy.linked is None else (policy.linked,))
+    needed = set(nodes) - there
     found: list[int] = []
     # Against program order: what an op reads was made by ops before it, so one sweep finds the whole closure.
     for number in range(len(program.ops) - 1, -1, -1):
@@ -78,14 +83,8 @@ def recipe_ops(program: ProgramProfile, policy: Policy) -> tuple[int, ...]:
             continue
         found.append(number)
         needed.difference_update(op.outputs)
-        needed.update(node for node in op.inputs if node not in present and program.nodes[node].kind != "parameter")
-    if needed:
-        node = min(needed)
-        raise PlanError(
-            f"A policy for program `{program.key[:40]}` drops node {node}, which no recipe brings back. "
-            "Make the plan again with `memfit plan`."
-        )
-    return tuple(reversed(found))
+        needed.update(node for node in op.inputs if node not in there)
+    return tuple(reversed(found)), needed
 
 
 def working_set(program: ProgramProfile, policy: Policy) -> WorkingSet:
