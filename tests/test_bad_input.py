@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import memfit
+from conftest import SCRIPT, Shell
 from faults import WIDTH, Block, Stack, data
 from gradients import assert_bitwise_equal, copies, seed
 from memfit import plans
@@ -925,19 +926,6 @@ def test_ctrl_c_while_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delitem(sys.modules, "stopped")
 
 
-def shell(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`memfit` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "memfit", *arguments],
-        cwd=folder,
-        env={**os.environ, "MEMFIT_ALLOCATOR": "system", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
 EMPTY: dict[str, Any] = {
     "model": "Encoder",
     "fingerprint": "9f3a",
@@ -953,31 +941,8 @@ EMPTY: dict[str, Any] = {
     "calls": (),
 }
 
-SCRIPT = """
+TRAIN = """
 import os, signal, sys
-import torch
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x):
-        return x + self.down(nn.functional.gelu(self.up(x)))
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(4))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-def build():
-    return Model(), torch.randn(8, 32), lambda output, batch: output.square().mean()
 
 if __name__ == "__main__":
     model, batch, loss = build()
@@ -994,32 +959,32 @@ if __name__ == "__main__":
 """
 
 
-def test_run_refuses_a_plan_for_another_model(tmp_path: Path) -> None:
+def test_run_refuses_a_plan_for_another_model(shell: Shell) -> None:
     """With both names, before anything is trained."""
-    (tmp_path / "train.py").write_text(SCRIPT)
-    memfit.Plan(**EMPTY).save(tmp_path / "plan.json")
-    done = shell(tmp_path, "run", "--plan", "plan.json", "--", "train.py")
+    shell.write("train.py", SCRIPT + TRAIN)
+    memfit.Plan(**EMPTY).save(shell.folder / "plan.json")
+    done = shell.run("--plan", "plan.json", "--", "train.py")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("memfit: The plan is for Encoder (9f3a), the model is Model (")
 
 
-def test_run_explains_what_ran_out_of_memory(tmp_path: Path) -> None:
+def test_run_explains_what_ran_out_of_memory(shell: Shell) -> None:
     """The script's own status and traceback, with the explanation below it and in the report."""
-    (tmp_path / "train.py").write_text(SCRIPT)
-    done = shell(tmp_path, "run", "--budget", "min", "--report", "report.json", "--", "train.py", "loss")
+    shell.write("train.py", SCRIPT + TRAIN)
+    done = shell.run("--budget", "min", "--report", "report.json", "--", "train.py", "loss")
     assert done.returncode == 1
     note = done.stderr.splitlines()[-1]
     assert note.startswith("Memfit: memory ran out in the first training step, after the forward (4 of 4 block calls)")
-    assert note.removeprefix("Memfit: ") in json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert note.removeprefix("Memfit: ") in json.loads((shell.folder / "report.json").read_text())["notes"]
     assert "memfit/" not in done.stderr.partition("Traceback")[2].partition("RuntimeError")[0]
 
 
-def test_ctrl_c_in_a_training_script(tmp_path: Path) -> None:
+def test_ctrl_c_in_a_training_script(shell: Shell) -> None:
     """In the middle of a planned forward: the script's traceback, its signal, and the report."""
-    (tmp_path / "train.py").write_text(SCRIPT)
-    done = shell(tmp_path, "run", "--budget", "min", "--report", "report.json", "--", "train.py", "interrupt")
+    shell.write("train.py", SCRIPT + TRAIN)
+    done = shell.run("--budget", "min", "--report", "report.json", "--", "train.py", "interrupt")
     assert done.returncode == -2
     assert done.stderr.splitlines()[-1].strip() == "KeyboardInterrupt"
     assert done.stderr.startswith("peak ")
-    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 3
+    assert json.loads((shell.folder / "report.json").read_text())["steps"] == 3

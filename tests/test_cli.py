@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
 import sys
 
 import pytest
 
+from conftest import SCRIPT
 from memfit.cli import main
 
 
-def memfit(*arguments, cwd=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "memfit", *arguments],
-        cwd=cwd,
-        env={**os.environ, "MEMFIT_ALLOCATOR": "system", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
-def test_help_answers_at_once():
+def test_help_answers_at_once(shell):
     """Under 0.3 s; processor time and the best of three, since the machine may be busy."""
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = memfit("--help")
+        done = shell.memfit("--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
@@ -96,43 +83,16 @@ def test_the_exceptions_of_a_build_function_are_its_own(tmp_path, monkeypatch):
     sys.modules.pop("broken", None)
 
 
-def test_plan_prints_and_writes(tmp_path):
-    (tmp_path / "train.py").write_text(BUILD)
-    done = memfit("plan", "train.py:build", "--budget", "min", "-o", "plan.json", cwd=tmp_path)
+def test_plan_prints_and_writes(shell):
+    shell.write("train.py", SCRIPT)
+    done = shell.memfit("plan", "train.py:build", "--budget", "min", "-o", "plan.json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("peak ")
     assert "predicted" in done.stdout
-    again = memfit("plan", "train.py:build", "--policy", "full", "--json", cwd=tmp_path)
+    again = shell.memfit("plan", "train.py:build", "--policy", "full", "--json")
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith("{")
-    applied = memfit("plan", "train.py:build", "--budget", "2 MiB", cwd=tmp_path)
+    applied = shell.memfit("plan", "train.py:build", "--budget", "2 MiB")
     assert applied.returncode == 3
     assert "No plan fits 2.00 MiB" in applied.stderr
     assert "Traceback" not in applied.stderr
-
-
-BUILD = """
-import torch
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x):
-        return x + self.down(nn.functional.gelu(self.up(x)))
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(4))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-def build():
-    return Model(), torch.randn(8, 32), lambda output, batch: output.square().mean()
-"""

@@ -9,7 +9,7 @@ import json
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,16 +24,6 @@ from zoo import bert_model, build, call, gpt2_model, language, llama_model
 
 WAYS = {**FITS, **SMALLEST}
 fitted_ways = pytest.mark.parametrize("options", list(WAYS.values()), ids=list(WAYS))
-
-
-@pytest.fixture
-def no_garbage_collection() -> Iterator[None]:
-    """What reference counting does not free stays: a cycle that holds tensors would hold them until chance frees it."""
-    step(Stack(), 0)  # torch's own first step imports much, and that leaves cycles
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 class Probe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from memfit.links import Upstream
 from memfit.plans import Plan, Policy
 from memfit.profiles import Link, ProgramProfile
 from policies import link_everything
-from test_lifecycle import Probe
+from test_lifecycle import watched_stack
 
 LINKED = {"linked": {"policy": link_everything}}
 
@@ -387,26 +387,12 @@ def test_policies_that_no_program_has() -> None:
 # What is held ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_garbage_collection() -> Iterator[None]:
-    gradients(stack(2), data(0))
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def probed(count: int = 6) -> tuple[Stack, Probe]:
-    model = stack(count)
-    return model, Probe(model)
-
-
 @pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("length", [1, 2, 3, 6])
 def test_inputs_are_freed(length: int) -> None:
     """Between forward and backward no dropped input is there; afterwards nothing is."""
     plan = segments(stack(), data(0), length)
-    model, probe = probed()
+    model, probe = watched_stack(6)
     size = data(0).numel() * 4
     with memfit.apply(model, plan):
         for i in range(4):
@@ -432,7 +418,7 @@ def test_nothing_is_held_after_dropping_the_loss_or_an_exception() -> None:
     def stop(x: Tensor) -> Tensor:
         raise error
 
-    model, probe = probed()
+    model, probe = watched_stack(6)
     with memfit.fit(model, policy=link_everything):
         for i in range(3):
             gradients(model, data(i))
@@ -461,7 +447,7 @@ def test_a_backward_that_raises_frees_what_came_back(restored: list[str]) -> Non
             raise Stop
 
     armed = False
-    model, probe = probed()
+    model, probe = watched_stack(6)
     with memfit.fit(model, policy=link_everything):
         for i in range(3):
             gradients(model, data(i))
@@ -480,22 +466,6 @@ def test_a_backward_that_raises_frees_what_came_back(restored: list[str]) -> Non
             Upstream.restore = original
         assert len(seen) > 5
         assert all(ref() is None for ref in seen)
-        assert probe.living() == 0
-
-
-@pytest.mark.usefixtures("no_garbage_collection")
-def test_retained_graph_keeps_nothing_that_came_back() -> None:
-    model, probe = probed()
-    with memfit.fit(model, policy=link_everything):
-        for i in range(3):
-            gradients(model, data(i))
-        probe.clear()
-        loss = model(data(3))
-        before = probe.living()
-        loss.backward(retain_graph=True)
-        assert probe.living() <= before
-        loss.backward()
-        del loss
         assert probe.living() == 0
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from conftest import SCRIPT
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -23,21 +22,6 @@ COMMANDS = [
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 TRAIN = """
-import torch
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x):
-        return x + self.down(nn.functional.gelu(self.up(x)))
-
-def build():
-    model = nn.Sequential(*[Block() for _ in range(3)])
-    return model, torch.randn(64, 32), lambda output, batch: output.square().mean()
-
 if __name__ == "__main__":
     model, batch, loss = build()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -70,19 +54,11 @@ def test_the_first_result_is_within_thirty_lines():
     assert first <= 30
 
 
-def test_commands_run_in_order(tmp_path):
-    (tmp_path / "train.py").write_text(TRAIN)
+def test_commands_run_in_order(shell):
+    shell.write("train.py", SCRIPT + TRAIN)
     assert len(COMMANDS) >= 5
     for command in COMMANDS:
-        done = subprocess.run(
-            [sys.executable, "-m", *shlex.split(command)],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
+        done = shell.python("-m", *shlex.split(command))
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 

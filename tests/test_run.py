@@ -4,55 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
+from conftest import SCRIPT, Shell
 from memfit import host
 
 TCMALLOC = pytest.mark.skipif(host.find_allocator() is None or host.has_gpu(), reason="no tcmalloc, or a GPU")
-
-
-class Shell:
-    """Runs scripts in a folder of their own, with plain Python and under `memfit run`."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def write(self, name, text):
-        path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(textwrap.dedent(text))
-
-    def python(self, *arguments, **environment):
-        return self._start([sys.executable, *arguments], environment)
-
-    def memfit(self, *arguments, **environment):
-        environment = {"MEMFIT_ALLOCATOR": "system", **environment}
-        return self._start([sys.executable, "-m", "memfit", "run", *arguments], environment)
-
-    def _start(self, command, environment):
-        inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        # One thread: sums come out in one order.
-        inherited["OMP_NUM_THREADS"] = "1"
-        return subprocess.run(
-            command,
-            cwd=self.folder,
-            env={**inherited, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-
-
-@pytest.fixture
-def shell(tmp_path):
-    return Shell(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +66,7 @@ def test_a_script_sees_what_python_shows_it(shell, command):
     shell.write("package/__main__.py", MAIN)
     expected = shell.python(*command)
     assert expected.returncode == 0, expected.stderr
-    actual = shell.memfit("--", *command)
+    actual = shell.run("--", *command)
     assert actual.stdout == expected.stdout
     assert actual.stderr == "memfit: nothing was fitted: no model was trained.\n"
     assert actual.returncode == 5
@@ -123,7 +82,7 @@ def test_processes_that_the_script_spawns_find_its_names(shell):
         print(pool.map(square, [Thing(4)]))
 """,
     )
-    done = shell.memfit("--", "script.py")
+    done = shell.run("--", "script.py")
     assert done.stdout.endswith("[16]\n"), done.stderr
 
 
@@ -146,7 +105,7 @@ def test_processes_that_the_script_spawns_find_its_names(shell):
 def test_a_script_fails_as_under_python(shell, text):
     """The same status or signal, the same output, the same traceback."""
     shell.write("script.py", text)
-    expected, actual = shell.python("script.py"), shell.memfit("--", "script.py")
+    expected, actual = shell.python("script.py"), shell.run("--", "script.py")
     assert expected.returncode != 0
     assert actual.returncode == expected.returncode
     assert actual.stdout == expected.stdout
@@ -156,22 +115,22 @@ def test_a_script_fails_as_under_python(shell, text):
 @pytest.mark.parametrize("code", ["None", "0", "False"])
 def test_an_exit_that_means_success_is_success(shell, code):
     shell.write("script.py", f"import sys; sys.exit({code})")
-    assert shell.memfit("--", "script.py").returncode == 5
+    assert shell.run("--", "script.py").returncode == 5
 
 
 def test_a_missing_module_fails_as_under_python(shell):
-    expected, actual = shell.python("-m", "absent"), shell.memfit("--", "-m", "absent")
+    expected, actual = shell.python("-m", "absent"), shell.run("--", "-m", "absent")
     assert (actual.returncode, actual.stderr) == (expected.returncode, expected.stderr)
 
 
 def test_ctrl_c_ends_the_process_by_its_signal(shell):
     shell.write("script.py", "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
-    assert shell.memfit("--", "script.py").returncode == -signal.SIGINT
+    assert shell.run("--", "script.py").returncode == -signal.SIGINT
 
 
 def test_torch_is_left_to_the_script(shell):
     shell.write("script.py", "import sys; print([n for n in ('torch', 'numpy', 'transformers') if n in sys.modules])")
-    assert shell.memfit("--", "script.py").stdout == "[]\n"
+    assert shell.run("--", "script.py").stdout == "[]\n"
 
 
 ALLOCATOR = """
@@ -187,9 +146,9 @@ subprocess.run([sys.executable, "-c", child], check=True)
 @TCMALLOC
 def test_the_script_runs_under_tcmalloc_and_what_it_starts_does_not(shell):
     shell.write("script.py", ALLOCATOR)
-    done = shell.memfit("--", "script.py", MEMFIT_ALLOCATOR="")
+    done = shell.run("--", "script.py", MEMFIT_ALLOCATOR="")
     assert done.stdout == "tcmalloc None\nglibc None\n"
-    opted_out = shell.memfit("--", "script.py")
+    opted_out = shell.run("--", "script.py")
     assert opted_out.stdout == "glibc None\nglibc None\n"
 
 
@@ -197,49 +156,31 @@ def test_the_script_runs_under_tcmalloc_and_what_it_starts_does_not(shell):
 def test_what_the_user_preloads_stays(shell):
     library = "libm.so.6"
     shell.write("script.py", ALLOCATOR)
-    done = shell.memfit("--", "script.py", MEMFIT_ALLOCATOR="", LD_PRELOAD=library)
+    done = shell.run("--", "script.py", MEMFIT_ALLOCATOR="", LD_PRELOAD=library)
     assert done.stdout == f"tcmalloc {library}\nglibc {library}\n"
     chosen = host.find_allocator()
-    done = shell.memfit("--", "script.py", MEMFIT_ALLOCATOR="", LD_PRELOAD=chosen)
+    done = shell.run("--", "script.py", MEMFIT_ALLOCATOR="", LD_PRELOAD=chosen)
     assert done.stdout == f"tcmalloc {chosen}\ntcmalloc {chosen}\n"
 
 
-LOOP = """
+LOOP = (
+    SCRIPT
+    + """
 import sys
-import torch
-from torch import nn
 
-torch.manual_seed(0)
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.drop, self.down = nn.Linear(32, 64), nn.Dropout(0.1), nn.Linear(64, 32)
-
-    def forward(self, x):
-        return x + self.down(self.drop(nn.functional.gelu(self.up(x))))
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(4))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-model = Model()
-optimizer = torch.optim.AdamW(model.parameters())
-loss_function = nn.MSELoss()
-for step in range(int(sys.argv[1])):
-    x = torch.randn(2048, 32)
-    loss = loss_function(model(x), x)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    print(step, loss.item().hex())
+if __name__ == "__main__":
+    model, _, _ = build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_function = nn.MSELoss()
+    for step in range(int(sys.argv[1])):
+        x = torch.randn(2048, 32)
+        loss = loss_function(model(x), x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(step, loss.item().hex())
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +198,7 @@ for step in range(int(sys.argv[1])):
 def test_a_training_loop_is_fitted_and_its_losses_are_the_same(shell, plain, options):
     shell.write("train.py", LOOP)
     expected = plain("train.py", LOOP, "4")
-    actual = shell.memfit(*options, "--report", "report.json", "--", "train.py", "4")
+    actual = shell.run(*options, "--report", "report.json", "--", "train.py", "4")
     assert actual.returncode == 0, actual.stderr
     assert actual.stdout == expected
     assert actual.stderr.startswith("peak ")
@@ -271,13 +212,13 @@ def test_a_training_loop_is_fitted_and_its_losses_are_the_same(shell, plain, opt
 
 def test_the_report_is_text_unless_its_name_says_json(shell):
     shell.write("train.py", LOOP)
-    done = shell.memfit("--budget", "min", "--report", "report.txt", "--", "train.py", "3")
+    done = shell.run("--budget", "min", "--report", "report.txt", "--", "train.py", "3")
     assert (shell.folder / "report.txt").read_text() == done.stderr
 
 
 def test_other_ranks_write_reports_of_their_own(shell):
     shell.write("train.py", LOOP)
-    done = shell.memfit("--budget", "min", "--report", "report.json", "--", "train.py", "3", RANK="2")
+    done = shell.run("--budget", "min", "--report", "report.json", "--", "train.py", "3", RANK="2")
     assert done.returncode == 0
     assert done.stderr == ""
     assert [path.name for path in shell.folder.glob("report*")] == ["report.rank2.json"]
@@ -285,13 +226,13 @@ def test_other_ranks_write_reports_of_their_own(shell):
 
 def test_a_report_survives_a_change_of_folder(shell):
     shell.write("train.py", "import os\n" + LOOP + "\nos.chdir('/')\n")
-    assert shell.memfit("--report", "report.json", "--", "train.py", "2").returncode == 0
+    assert shell.run("--report", "report.json", "--", "train.py", "2").returncode == 0
     assert (shell.folder / "report.json").exists()
 
 
 def test_an_infeasible_budget_exits_with_3_and_no_traceback(shell):
     shell.write("train.py", LOOP)
-    done = shell.memfit("--budget", "2MiB", "--", "train.py", "3")
+    done = shell.run("--budget", "2MiB", "--", "train.py", "3")
     assert done.returncode == 3, done.stderr
     assert "No plan fits 2.00 MiB" in done.stderr
     assert "Traceback" not in done.stderr
@@ -299,7 +240,7 @@ def test_an_infeasible_budget_exits_with_3_and_no_traceback(shell):
 
 def test_a_model_without_blocks_is_named(shell):
     shell.write("train.py", "import torch\ntorch.nn.Linear(2, 2)(torch.ones(2)).sum().backward()\n")
-    done = shell.memfit("--budget", "min", "--", "train.py")
+    done = shell.run("--budget", "min", "--", "train.py")
     assert done.returncode == 5
     assert done.stderr.startswith("memfit: nothing was fitted:\n  Linear: ")
 
@@ -327,7 +268,7 @@ print([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 def test_a_trainer_is_fitted(shell, plain, arguments):
     shell.write("train.py", TRAINER)
     expected = plain("train.py", TRAINER)
-    actual = shell.memfit("--budget", "min", "--report", "report.json", "--", "train.py", *arguments)
+    actual = shell.run("--budget", "min", "--report", "report.json", "--", "train.py", *arguments)
     assert actual.returncode == 0, actual.stderr
     assert actual.stdout.splitlines()[-1] == expected.splitlines()[-1]
     summary = json.loads((shell.folder / "report.json").read_text())
@@ -337,19 +278,11 @@ def test_a_trainer_is_fitted(shell, plain, arguments):
 
 
 def test_a_plan_made_offline_is_applied(shell):
-    shell.write(
-        "train.py",
-        LOOP.replace(
-            "model = Model()",
-            "def build():\n    return Model(), torch.randn(2048, 32), "
-            "lambda output, batch: (output - batch).square().mean()\n\nif __name__ != '__main__':\n    sys.argv[1:] "
-            "= ['0']\nmodel = Model()",
-        ),
-    )
-    made = shell.python("-m", "memfit", "plan", "train.py:build", "--budget", "min", "-o", "plan.json")
+    shell.write("train.py", LOOP)
+    made = shell.memfit("plan", "train.py:build", "--budget", "min", "-o", "plan.json")
     assert made.returncode == 0, made.stderr
     expected = shell.python("train.py", "3")
-    done = shell.memfit("--plan", "plan.json", "--report", "report.json", "--", "train.py", "3")
+    done = shell.run("--plan", "plan.json", "--report", "report.json", "--", "train.py", "3")
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected.stdout
     assert json.loads((shell.folder / "report.json").read_text())["recomputed_bytes"] > 0
