@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 
 from memfit.plans import Policy
@@ -217,3 +218,17 @@ def chain_step(programs: list[ProgramProfile], *, outside: int = 0, loss: int = 
         calls=tuple(BlockCall(name=name, program=each.key) for name, each in zip(names, programs, strict=True)),
         events=tuple(events),
     )
+
+
+def micro_batches(step: StepProfile) -> StepProfile:
+    """Two forwards and backwards of a step, one after the other, and one optimizer step."""
+    count = len(step.calls)
+    moved = [
+        replace(
+            event,
+            call=None if event.call is None else event.call + count,
+            live_calls=tuple(call + count for call in event.live_calls),
+        )
+        for event in step.events
+    ]
+    return replace(step, calls=step.calls * 2, events=(*step.events[:-1], *moved))

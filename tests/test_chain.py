@@ -20,7 +20,7 @@ from memfit.solver.lifetimes import Chain, nested
 from memfit.solver.peak import event_bytes, simulate_policies
 from memfit.solver.planner import TIE
 from memfit.solver.special import full_policy, plain_policy
-from programs import MIB, chain_step, llama_block, random_program
+from programs import MIB, chain_step, llama_block, micro_batches, random_program
 
 SEEDS = range(12)
 
@@ -180,15 +180,7 @@ def test_micro_batches_are_chains_of_their_own():
     """Two micro-batches of two blocks, one after the other: the second's frames never meet the first's."""
     block = llama_block()
     first = chain_step([block] * 2, outside=1000, loss=50)
-    moved = [
-        replace(
-            event,
-            call=None if event.call is None else event.call + 2,
-            live_calls=tuple(call + 2 for call in event.live_calls),
-        )
-        for event in first.events
-    ]
-    both = replace(first, calls=first.calls * 2, events=(*first.events[:-1], *moved))
+    both = micro_batches(first)
     assert [chain.calls for chain in nested(both, [block_options(block)] * 4).chains] == [(0, 1), (2, 3)]
     budget = solve(first, budget="min").predicted_peak_bytes + 20 * MIB
     one, two = solve(first, budget=budget), solve(both, budget=budget)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import memfit
-from faults import FITS, ROWS, SMALLEST, WIDTH, Block, Fit, Stack, at, attempt, data, hold, train
+from faults import FITS, ROWS, SMALLEST, WIDTH, Block, Fit, OverwritesInput, Stack, at, attempt, data, hold, train
 from gradients import Tensors, copies, differences
 
 # What changes between two steps --------------------------------------------------------------------------------------
@@ -946,21 +946,6 @@ class OverwritesOwn(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
         return kept.square_().neg_().add_(1).mul_(gradient)
-
-
-class OverwritesInput(torch.autograd.Function):
-    """Saves its input and uses that memory for the gradient, as fused losses and activations do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        x.data.tanh_().square_().neg_().add_(1).mul_(gradient)
-        return x.detach().clone()
 
 
 class OverwriteOwnBlock(Block):

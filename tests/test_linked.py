@@ -22,7 +22,7 @@ from memfit.solver.planner import TIE
 from memfit.solver.special import full_policy
 from memfit.solver.variants import Variants
 from memfit.solver.working_set import working_set
-from programs import MIB, chain_step, llama_block, program, random_program, release_at_once
+from programs import MIB, chain_step, llama_block, micro_batches, program, random_program, release_at_once
 
 SEEDS = range(40)
 
@@ -259,15 +259,7 @@ def test_plans_with_room_are_what_they_were():
 def test_micro_batches_are_linked_inside_only():
     """Two of them, one after the other: the first block of the second takes nothing from the first."""
     first = linked(chain_step([llama_block()] * 6, outside=1000))
-    moved = [
-        replace(
-            event,
-            call=None if event.call is None else event.call + 6,
-            live_calls=tuple(call + 6 for call in event.live_calls),
-        )
-        for event in first.events
-    ]
-    both = replace(first, calls=first.calls * 2, events=(*first.events[:-1], *moved))
+    both = micro_batches(first)
     one, two = solve(first, budget="min"), solve(both, budget="min")
     assert one.predicted_peak_bytes == two.predicted_peak_bytes < solve(unlinked(first), budget="min").budget_bytes
     assert two.recompute_seconds == pytest.approx(2 * one.recompute_seconds)

@@ -2,7 +2,7 @@
 
 A scenario runs plain, with every rule, with every rule but the *backstops* (other rules that would notice the same
 failure later), and without backstops and without the rule. Only the last may be wrong, and it must be: a rule whose
-absence nobody notices is not tested. Rule 15 (links between blocks) has no code yet.
+absence nobody notices is not tested. Rule 15, links between blocks, is `test_links.py`'s.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import memfit
-from faults import FITS, WIDTH, Block, Fit, Outcome, Scenario, Stack, at, attempt, data, judge, train
+from faults import FITS, WIDTH, Block, Fit, Outcome, OverwritesInput, Scenario, Stack, at, attempt, data, judge, train
 from gradients import Tensors, copies, differences
 from memfit import calls, canary, frames, graph, ops, parking, plans, replay, runtime, signature, storages, trace
 from memfit.calls import Call
@@ -600,21 +600,6 @@ def test_rule_06_writes_of_recipes() -> None:
         patch.setattr(replay, "writable", lambda base, shared: base)
 
     matters(changing(Both), off, backstops=[no_verified_calls, no_canary])
-
-
-class OverwritesInput(torch.autograd.Function):
-    """Saves its input and uses that memory for the gradient, as fused losses and activations do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        x.data.tanh_().square_().neg_().add_(1).mul_(gradient)
-        return x.detach().clone()
 
 
 class Overwriting(Block):
