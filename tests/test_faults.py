@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import enum
 import random
 import sys
 import threading
@@ -455,6 +456,33 @@ def test_other_layout_of_the_input() -> None:
     hold(scenario)
 
 
+class Column(enum.Enum):
+    """Which one a block overwrites."""
+
+    FIRST = 0
+    SECOND = 1
+
+
+def test_enum_argument() -> None:
+    """An argument that is neither tensor nor number decides, from one call to the next."""
+
+    class Overwritten(Block):
+        def forward(self, x: Tensor, column: Column | None = None) -> Tensor:
+            x = super().forward(x)
+            return x if column is None else x.masked_fill(torch.arange(WIDTH) == column.value, 0.5).sigmoid() * x
+
+    class OverwrittenStack(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, self.column)
+            return self.head(x).tanh().square().mean()
+
+    def between(model: Any, i: int) -> None:
+        model.column = Column(i == 10)
+
+    hold(lambda fit, seen: train(OverwrittenStack(Overwritten), fit, seen, between=between, steps=12))
+
+
 # What changes between forward and backward ---------------------------------------------------------------------------
 
 
@@ -544,6 +572,60 @@ def test_between_forward_and_backward(change: str, when: int) -> None:
         train(Watched(Gated), fit, seen, inside=at(when, INSIDE[change]), steps=when + 2)
 
     hold(scenario, refusal=change in INSIDE_REFUSABLE, fits={**FITS, **SMALLEST} if when == 0 else FITS)
+
+
+class RunAgain(nn.Module):
+    """Reads data and has no children that could be replayed instead; each setting decides about one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.2), nn.Parameter(torch.zeros(ROWS, WIDTH))
+        self.register_buffer("offset", torch.zeros(ROWS, WIDTH))
+        self.column = 3
+        self.inner = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight + self.bias + self.offset
+        scale = torch.linspace(0.1, 0.9, ROWS * WIDTH).view(ROWS, WIDTH).to(x.dtype)
+        scale = scale if x.detach().sum() > -1e9 else y
+        scale[3, self.column] = 0.5 if self.training else 0.7
+        return x + (y * scale).sin()
+
+
+def one_more(tensor: Tensor) -> Tensor:
+    """A copy that differs in one element."""
+    tensor = tensor.detach().clone()
+    tensor[3, 7] += 1
+    return tensor
+
+
+RUN_AGAIN: dict[str, Callable[[Any], object]] = {
+    "parameter replaced": lambda b: put(bias=nn.Parameter(one_more(b.bias)))(b),
+    "buffer replaced": lambda b: put(offset=one_more(b.offset))(b),
+    "buffer written": no_grad(lambda b: b.offset[3, 7].add_(1)),
+    "buffer data written": lambda b: b.offset.data[3, 7].add_(1),
+    "attribute": put(column=9),
+    "evaluation mode": lambda b: b.eval(),
+    "default dtype": lambda b: torch.set_default_dtype(torch.float64),
+}
+
+
+@pytest.mark.parametrize("change", list(RUN_AGAIN))
+def test_a_block_that_runs_again_runs_as_it_was(change: str) -> None:
+    """Samples would miss one element: the second run must see what the first one saw."""
+
+    def inside(model: Any) -> None:
+        RUN_AGAIN[change](model.blocks[1])
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        try:
+            train(Stack(RunAgain), fit, seen, inside=at(2, inside), steps=3, must_drop=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    (outcome,) = hold(scenario, fits={"full": FITS["full"]}).values()
+    assert outcome.summary is not None
+    assert {block["mode"] for block in outcome.summary["blocks"]} == {"fallback"}
 
 
 @pytest.mark.parametrize("when", [0, 2])

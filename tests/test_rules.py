@@ -962,7 +962,7 @@ class Decides(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.act = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.2), nn.SiLU()
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(5000))  # a small one would be copied for the second run
 
     def forward(self, x: Tensor) -> Tensor:
         if BOX["writes"]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,12 +13,19 @@ from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.frames import Handle, kept, passes
 from memfit.replay import generator_of
+from memfit.signature import SCALARS, numeric_flags, set_numeric_flags
+
+_SMALL_BUFFER_BYTES = 16 * 2**10
+
+_Settings = list[tuple[dict[str, Any], dict[str, Any]]]
+"""Dictionaries of a module, and what was in them."""
 
 
 class ReplayOfModule:
     """Fallback: bring all saved tensors of a block back by running its forward again.
 
-    Only for blocks whose recording wrote nothing and drew no Python randomness (rule 13).
+    Only for blocks whose recording wrote nothing and drew no Python randomness (rule 13). The module runs as it was:
+    with the parameters and buffers of the first run (rule 8), its plain attributes and the global flags (rule 14).
     """
 
     __slots__ = (
@@ -26,13 +33,14 @@ class ReplayOfModule:
         "args",
         "autocast",
         "block",
-        "hashes",
+        "flags",
         "kwargs",
         "listener",
         "lock",
         "metas",
         "module",
         "samples",
+        "settings",
         "states",
         "task",
         "touched",
@@ -56,7 +64,20 @@ class ReplayOfModule:
         self.task = -2
         self.touched = False
         self.listener: Callable[[], None] | None = None
-        self.hashes: dict[int, torch.Tensor] | None = None
+        self.flags = numeric_flags()
+        self.settings: _Settings = []
+        for child in module.modules():
+            buffers: dict[str, Any] = dict(child._buffers)
+            for name, buffer in child._buffers.items():
+                if buffer is None:
+                    continue
+                if buffer.nbytes <= _SMALL_BUFFER_BYTES and buffer.is_contiguous():
+                    buffers[name] = buffer.detach().clone()  # distributed training writes it, and no version tells
+                else:
+                    self.versions.append((buffer, buffer._version, buffer.data_ptr()))
+            plain = {name: value for name, value in child.__dict__.items() if isinstance(value, SCALARS)}
+            self.settings += [(child._parameters, dict(child._parameters)), (child._buffers, buffers)]
+            self.settings.append((child.__dict__, plain))
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle."""
@@ -99,9 +120,9 @@ class ReplayOfModule:
             if tensor._version != version or tensor.data_ptr() != pointer:
                 raise ChangedTensorError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"an input or parameter of block `{self.block}` changed between forward and backward, and the "
-                    f"block has to run again ([{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
-                    f"expected version {version} instead)."
+                    f"an input, parameter or buffer of block `{self.block}` changed between forward and backward, and "
+                    f"the block has to run again ([{tensor.type()} {list(tensor.shape)}] is at version "
+                    f"{tensor._version}; expected version {version} instead)."
                 )
         found: list[torch.Tensor] = []
         wanted = len(self.metas)
@@ -119,6 +140,8 @@ class ReplayOfModule:
         replaying.active = True
         try:
             with (
+                _restored(self.settings),
+                set_numeric_flags(self.flags),
                 torch.enable_grad(),
                 torch._C._DisableTorchDispatch(),
                 torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache),
@@ -141,6 +164,21 @@ class ReplayOfModule:
         return RecomputeError(
             self.block, "all saved tensors", "the whole block, run again", f"The second run differs: {detail}."
         )
+
+
+@contextmanager
+def _restored(settings: _Settings) -> Iterator[None]:
+    """Have a module as it was, and leave it as it is: what a second run writes down is gone with it."""
+    before = [(dictionary, dict(dictionary)) for dictionary, _ in settings]
+    for dictionary, then in settings:
+        dictionary.update(then)
+    try:
+        yield
+    finally:
+        for dictionary, now in before:
+            for name in dictionary.keys() - now.keys():
+                del dictionary[name]
+            dictionary.update(now)
 
 
 class _AllPacked(Exception):

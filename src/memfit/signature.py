@@ -1,15 +1,16 @@
 """What a block call looks like from outside: the key under which its recording is found again.
 
 A recording holds for calls with the same signature: tensor arguments by shape, stride, dtype, device and
-``requires_grad``, how they alias each other and the parameters, other arguments by value, the training flag, which
-parameters train, autocast and numeric flags. What the block *is* (submodules, hooks, plain attributes, configs) is
-watched separately by `Watch`, once per forward of the model.
+``requires_grad``, how they alias each other and the parameters, other arguments by value (objects of other classes than
+`SCALARS` only by their class), the training flag, which parameters train, autocast and numeric flags. What the block
+*is* (submodules, hooks, plain attributes, configs) is watched separately by `Watch`, once per forward of the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from memfit.programs import LeafKind
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, complex)
+SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, complex, Enum)
 
 
 def flatten(structure: Any, tensors: list[torch.Tensor], key: list[Any]) -> None:
@@ -25,7 +26,7 @@ def flatten(structure: Any, tensors: list[torch.Tensor], key: list[Any]) -> None
     if isinstance(structure, torch.Tensor):
         tensors.append(structure)
         key.append("T")
-    elif isinstance(structure, _SCALARS):
+    elif isinstance(structure, SCALARS):
         key.append(structure)
     elif isinstance(structure, (tuple, list)):
         key.append(len(structure))
