@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import memfit
 from faults import FITS, WIDTH, Block, Fit, Outcome, OverwritesInput, Scenario, Stack, at, attempt, data, judge, train
 from gradients import Tensors, copies, differences
-from memfit import calls, canary, frames, graph, ops, parking, plans, replay, runtime, signature, storages, trace
+from memfit import bits, calls, canary, frames, graph, ops, parking, plans, replay, runtime, signature, storages, trace
 from memfit.calls import Call
 from memfit.costs import profile_program
 from memfit.entries import ProgramState
@@ -449,6 +449,16 @@ class Shifted(Block):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         return x + x * (x.detach() * BOX["scale"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rule_04_another_sign_is_not_few_ulp(dtype: torch.dtype) -> None:
+    """Between 2.0 and -2.0 lie 2^63 doubles, one more than an integer counts."""
+    two = torch.full((3,), 2.0, dtype=dtype)
+    assert bits.max_ulp(two, -two) == 2.0 ** (dtype.itemsize * 8 - 1)
+    assert bits.max_ulp(two, two.nextafter(-two)) == 1
+    assert bits.max_ulp(two - two, -(two - two)) == 0
+    assert bits.max_ulp(two, two * float("nan")) == float("inf")
 
 
 def test_rule_04_few_ulp() -> None:

@@ -37,7 +37,9 @@ def max_ulp(a: torch.Tensor, b: torch.Tensor) -> float:
         return 0.0 if torch.equal(a, b) else float("inf")
     if not bool((a.isnan() == b.isnan()).all()):
         return float("inf")
-    return float((_ordered(a) - _ordered(b)).abs().where(~a.isnan(), 0).max()) if a.numel() else 0.0
+    x, y = _ordered(a), _ordered(b)
+    across = x.double().abs() + y.double().abs()  # of other signs: the difference may be more than an int64
+    return float(across.where((x < 0) != (y < 0), (x - y).abs()).where(~a.isnan(), 0).max()) if a.numel() else 0.0
 
 
 def _ordered(tensor: torch.Tensor) -> torch.Tensor:
