@@ -36,7 +36,7 @@ def fit(
 ) -> Handle:
     """Fit a model's training step into a budget; then train as before.
 
-    The first training step records and measures with the smallest plan; from the second on the best plan holds.
+    The first training step records and measures, and recomputes all it can; from the second on the best plan holds.
 
     Args:
         model: Any module with repeated blocks; it stays the user's own, nothing but hooks is added.

@@ -18,16 +18,10 @@ def stops(inputs: Iterable[torch.Tensor]) -> set[Any]:
     return {tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None}
 
 
-def names(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], limit: int = 20_000) -> tuple[Any, ...]:
-    """Names and edges of the nodes between outputs and inputs, in a fixed order; cheap enough to sample."""
-    found = _walk(outputs, inputs, limit)
-    return tuple((name, edges) for _, name, edges in found)
-
-
 def fingerprint(
     outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], limit: int = 20_000
 ) -> tuple[Any, ...]:
-    """`names`, with the scalars of each node."""
+    """Names, edges and scalars of the nodes between outputs and inputs, in a fixed order."""
     found = _walk(outputs, inputs, limit)
     return tuple((name, edges, _scalars(node)) for node, name, edges in found)
 

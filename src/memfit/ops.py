@@ -65,7 +65,6 @@ _OVERWRITING = frozenset("bernoulli_ normal_ uniform_ exponential_ random_ copy_
 _DROPOUT_ATTENTION = "_scaled_dot_product", "_flash_attention_forward", "_efficient_attention_forward"
 _BATCH_NORMS = {"native_batch_norm": (3, 4), "_native_batch_norm_legit": (3, 4)}
 _HIDDEN_WRITERS = _BATCH_NORMS | {"cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
-MATMULS = frozenset(_MATMULS.split())
 
 
 def base_name(func: OpOverload) -> str:

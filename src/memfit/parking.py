@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from memfit.calls import Call
 
 
-class RandomStates:
-    """Which generators a block may draw from."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        """Those of the tensors' devices, and the CPU's."""
-        self.devices = list(dict.fromkeys([torch.device("cpu"), *(t.device for t in tensors)]))
-
-
 def park(call: Call) -> Callable[[torch.Tensor], Handle]:
     """The pack hook: a handle for each tensor, nothing more."""
     handles = call.handles

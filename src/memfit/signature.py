@@ -177,11 +177,10 @@ class Watch:
     identity. Configs (objects with a ``__dict__`` among the attributes) are watched one level deep.
     """
 
-    __slots__ = ("_configs", "_copies", "_module", "_nested", "_trainable", "trainable")
+    __slots__ = ("_configs", "_copies", "_nested", "_trainable", "trainable")
 
     def __init__(self, module: torch.nn.Module) -> None:
         """Take the snapshot of ``module`` and its submodules."""
-        self._module = module
         self._copies: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._nested: list[tuple[Any, Any]] = []  # dictionaries and lists among the attributes, and their copies
         self._configs: list[tuple[dict[str, Any], dict[str, Any]]] = []
