@@ -25,7 +25,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import memfit
-from faults import FITS, ROWS, SMALLEST, WIDTH, Block, Fit, OverwritesInput, Stack, at, attempt, data, hold, train
+from faults import (
+    FITS,
+    ROWS,
+    SMALLEST,
+    WIDTH,
+    Block,
+    Fit,
+    OverwritesInput,
+    Stack,
+    Watched,
+    at,
+    attempt,
+    data,
+    hold,
+    train,
+)
 from gradients import Tensors, copies, differences
 
 # What changes between two steps --------------------------------------------------------------------------------------
@@ -484,17 +499,6 @@ def test_enum_argument() -> None:
 
 
 # What changes between forward and backward ---------------------------------------------------------------------------
-
-
-class Watched(Stack):
-    """Keeps what passes between its blocks within reach of the test."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.passed = [x]
-        for block in self.blocks:
-            x = block(x)
-            self.passed.append(x)
-        return self.head(x).tanh().square().mean()
 
 
 class Gated(Block):

@@ -29,7 +29,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import memfit
-from faults import FITS, WIDTH, Block, Fit, Outcome, OverwritesInput, Scenario, Stack, at, attempt, data, judge, train
+from faults import (
+    FITS,
+    WIDTH,
+    Block,
+    Fit,
+    Outcome,
+    OverwritesInput,
+    Scenario,
+    Stack,
+    Watched,
+    at,
+    attempt,
+    data,
+    judge,
+    train,
+)
 from gradients import Tensors, copies, differences
 from memfit import bits, calls, canary, frames, graph, ops, parking, plans, replay, runtime, signature, storages, trace
 from memfit.calls import Call
@@ -902,17 +917,6 @@ def no_versions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(frames, "kept", lambda handle: handle.tensor)
     patch.setattr(Frame, "_checked", lambda self, node, tensor, version: tensor)
     patch.setattr(Frame, "_add_parameters", add)
-
-
-class Watched(Stack):
-    """Keeps what passes between its blocks within reach of the test."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.passed = [x]
-        for block in self.blocks:
-            x = block(x)
-            self.passed.append(x)
-        return self.head(x).tanh().square().mean()
 
 
 WRITES: dict[str, Callable[[Any], object]] = {
