@@ -47,6 +47,7 @@ class Fitted:
         "stale",
         "state_reserved",
         "steps",
+        "times_over",
     )
 
     def __init__(
@@ -67,11 +68,10 @@ class Fitted:
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
         simulation = simulate(profile, plan)
         events = simulation.events
-        self.limits = (
-            limits(profile, [plan.policy(i) for i in range(len(plan.calls))], indices, limit)
-            if limit is not None
-            else Limits()
-        )
+        self.limits = Limits()
+        if limit is not None:
+            policies = [plan.policy(place) for place in range(len(plan.calls))]
+            self.limits = limits(profile, policies, indices, limit)
         plain = {
             key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed")
             for key, p in profile.programs.items()
@@ -85,4 +85,5 @@ class Fitted:
         self.stale = False
         self.peak = 0
         self.steps = 0
+        self.times_over = 0
         self.state_reserved = state_reserved

@@ -26,7 +26,7 @@ from memfit.exhaustion import Exhaustion, ExhaustionHook
 from memfit.fingerprints import fingerprint
 from memfit.fitted import Fitted, unfitted_on_error
 from memfit.hooks import ModelHook, OptimizerHook
-from memfit.limits import Keeper, Limits
+from memfit.keeper import NO_LIMITS, Keeper
 from memfit.memory import Meter, meter
 from memfit.modes import Modes
 from memfit.plans import Plan, Policy
@@ -42,7 +42,6 @@ from memfit.summaries import block_rows, describe, notes_of, unplanned_row
 from memfit.training import TrainingState
 
 MAX_SEQUENCES = 64
-NO_LIMITS = Limits()
 
 
 class Handle:
@@ -77,7 +76,6 @@ class Handle:
         self._steps = 0
         self._measured: int | None = None
         self._peak_open = False
-        self._highest = 0
         self._slack = Slack(device.type)
         self._clock = StepClock()
         self._planned_step = False
@@ -205,8 +203,7 @@ class Handle:
             self.exhaustion.begin()
             self._clock.skip()
         else:
-            self._meter.reset_peak()
-            self._highest = 0
+            self.runtime.keeper.restart()
             self._peak_open = True
         self._planned_step = bool(self._plans) or self._measures_only
 
@@ -228,7 +225,7 @@ class Handle:
                 self._last_was_unplanned = False
         elif self._peak_open and not self._unplanned:
             self._peak_open = False
-            peak = max(self._highest, self._meter.peak())
+            peak = self.runtime.keeper.observe()
             if self._planned_step:
                 self._measured = peak if self._measured is None else max(self._measured, peak)
                 if self._active is not None and isinstance(self._budget, int):
@@ -280,7 +277,7 @@ class Handle:
         raw = plan.predicted_peak_bytes
         predicted = raw + (self._slack.bytes if self._budget is not None else 0)
         if isinstance(self._budget, int):
-            predicted = max(raw, min(predicted, self._budget))
+            predicted = min(predicted, self._budget)
         limit = self._budget if isinstance(self._budget, int) else None
         self.plan = replace(plan, predicted_peak_bytes=predicted, budget_bytes=limit)
         limit = predicted if self._budget == "min" else limit
@@ -319,7 +316,7 @@ class Handle:
         if self._profiler is not None:
             self._profiler.optimizer_stepped(self._training.state_bytes())
         elif self._peak_open:
-            self._highest = max(self._highest, self._meter.peak())  # somebody else may begin a new peak before we do
+            self.runtime.keeper.observe()  # somebody else may begin a new peak before we do
         self.runtime.generation += 1
 
     def forward_event(self, module: torch.nn.Module, *, before: bool) -> None:
@@ -379,7 +376,7 @@ class Handle:
     def _read_open_peak(self) -> None:
         """Include the step that is just over in the measurement."""
         if self._peak_open and self._planned_step and not self._unplanned and not self._removed:
-            peak = self._meter.peak()
+            peak = self.runtime.keeper.observe()
             self._measured = peak if self._measured is None else max(self._measured, peak)
 
 

@@ -208,15 +208,6 @@ def release() -> bool:
     return _releaser()()
 
 
-def release_eagerly(*, on: bool) -> bool:
-    """Make the allocator hand back whatever gets free at once, or no longer. Slow: every use again is a page fault.
-
-    Returns:
-        Whether the allocator can do that.
-    """
-    return _eager_switch()(on)
-
-
 def find_allocator() -> str | None:
     """Path of a tcmalloc that the dynamic loader could preload, or ``None``.
 
@@ -267,14 +258,6 @@ def _releaser() -> Callable[[], bool]:
         # 1 says that something was released, 0 that there was nothing to release: both are answers.
         return lambda: trim(ctypes.c_size_t(0)) in (0, 1)
     return lambda: False
-
-
-@functools.cache
-def _eager_switch() -> Callable[[bool], bool]:
-    if allocator() == "tcmalloc" and (switch := _symbol("MallocExtension_SetNumericProperty")):
-        name = b"tcmalloc.aggressive_memory_decommit"
-        return lambda on: bool(switch(name, ctypes.c_size_t(on)))
-    return lambda on: False
 
 
 def _symbol(name: str) -> ctypes._NamedFuncPointer | None:

@@ -26,7 +26,7 @@ from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
 from memfit.holders import Holders
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
-from memfit.limits import Keeper
+from memfit.keeper import Keeper
 from memfit.links import Links
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
@@ -149,7 +149,7 @@ class Runtime:
         if self.listener is not None:
             self.listener.backward_entered(index)
         else:
-            self.keeper.entered(index)
+            self.keeper.reach(("before", index))
 
     # A block call
 
@@ -219,7 +219,7 @@ class Runtime:
         else:
             self._finish(call, output)
         self.links.leave(call, output, self.calls, watched=self.listener is not None)
-        if call.index == 0 or self.listener is not None or call.index in self.keeper.limits.before:
+        if call.index == 0 or self.listener is not None or self.keeper.minds(("before", call.index)):
             call.watch_backward(BackwardHook(self, call.index))
         if call.index == 0:
             self._first_frame = weakref.ref(call.kept_frame) if call.kept_frame is not None else None
@@ -227,7 +227,7 @@ class Runtime:
         if self.listener is not None:
             self.listener.block_left(call)
         else:
-            self.keeper.left(call.index)
+            self.keeper.reach(("after", call.index))
 
     def _watch(self, block: Block) -> None:
         """Has the block become another one? Looked at once per forward of the model."""

@@ -6,7 +6,7 @@ from memfit.fitted import Fitted
 from memfit.host import allocator
 
 MAX_CORRECTIONS = 4
-SHARE = {"tcmalloc": 0.08, "jemalloc": 0.08, "glibc": 0.1}
+SHARE = {"tcmalloc": 0.04, "jemalloc": 0.08, "glibc": 0.1}
 """Of what a plan moves; a few percent on CUDA too, for blocks that the caching allocator cannot join."""
 CUDA_SHARE = 0.05
 FLOOR = 6 * 2**20
@@ -21,7 +21,7 @@ class Slack:
     """How much of a budget stays free: at first a share of what a plan moves, then what its steps have shown.
 
     Attributes:
-        bytes: The room.
+        bytes: The room; negative where plans need less than is predicted.
     """
 
     def __init__(self, device: str) -> None:
@@ -44,14 +44,17 @@ class Slack:
         fitted.steps += 1
         over = fitted.peak - fitted.raw_peak
         if peak_bytes > budget:
-            self._set(max(self.bytes, over) + FLOOR)
-            fitted.stale = True
+            fitted.times_over += 1
+            if fitted.times_over > 1 or peak_bytes > (1 + MARGIN_SHARE) * budget:
+                self._set(max(self.bytes, over) + FLOOR)
+                fitted.stale = True
         elif (
             fitted.steps == SETTLED_STEPS
             and fitted.plan.recompute_seconds > 0
             and budget - fitted.peak > ROOM_SHARE * budget
         ):
-            self._set(max(0, over) + max(FLOOR, int(MARGIN_SHARE * budget)))
+            # Less than predicted: half of that is believed, another plan may have its peak elsewhere.
+            self._set((over if over > 0 else over // 2) + max(FLOOR, int(MARGIN_SHARE * budget)))
             fitted.stale = True
 
     def _set(self, size: int) -> None:

@@ -32,7 +32,6 @@ class WorkingSet:
         peak_bytes: Most bytes at once during the backward pass, ``kept_bytes`` that are still held included.
         recompute_seconds: Time of the ops that run again, and of narrowing.
         recomputed_ops: Indices of the ops that run again, ascending.
-        growth_bytes: By how much memory grows from its begin on if what is freed of ``kept_bytes`` is of no use.
         link_bytes: Bytes that are there when a linked input begins to come back; ``None``: none ever does.
             ``peak_bytes`` and ``recompute_seconds`` are without what the block calls before it need for that.
     """
@@ -41,7 +40,6 @@ class WorkingSet:
     peak_bytes: int
     recompute_seconds: float
     recomputed_ops: tuple[int, ...]
-    growth_bytes: int = 0
     link_bytes: int | None = None
 
 
@@ -119,7 +117,6 @@ def working_set(program: ProgramProfile, policy: Policy) -> WorkingSet:
         peak_bytes=walk.peak,
         recompute_seconds=seconds,
         recomputed_ops=ops,
-        growth_bytes=walk.growth,
         link_bytes=walk.link_bytes,
     )
 
@@ -152,15 +149,12 @@ class _Walk:
         self.out: dict[int, int] = {}
         self.unpacked = [False] * len(program.saved)
         self.released = [False] * len(program.saved)
-        self.returned = 0
         for node in list(self.frame):
             self.settle(node)  # an input that no recipe reads is not held at all
-        self.returned, self.start, self.growth = 0, self.current, 0
 
     def grow(self, size: int) -> None:
         self.current += size
         self.peak = max(self.peak, self.current)
-        self.growth = max(self.growth, self.current + self.returned - self.start)
 
     def unpack(self, index: int) -> None:
         if self.released[index]:
@@ -244,9 +238,7 @@ class _Walk:
         if not self.out.get(node, 0):
             self.uncache(node)
         if node in self.frame and not self.unreleased.get(node, 0):
-            size = self.frame.pop(node)
-            self.current -= size
-            self.returned += size
+            self.current -= self.frame.pop(node)
 
 
 def _cost(program: ProgramProfile, index: int, size: int | None) -> int:

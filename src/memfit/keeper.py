@@ -1,0 +1,74 @@
+"""Keeps what the process holds within the budget of a planned step (CPU), and reads the step's peak.
+
+What an allocator holds but nobody uses is part of the resident set. Most of it serves the tensors that come next; what
+is too scattered for them lies there while memory grows elsewhere. Where the allocator takes a limit, it hands back what
+is in the way, when it is in the way. Elsewhere all that is free goes back at the moments of a step after which memory
+could otherwise grow beyond the budget.
+"""
+
+from __future__ import annotations
+
+from memfit.heap import heap
+from memfit.limits import START, Limits, Moment
+from memfit.memory import Meter
+
+MARGIN_SHARE = 0.01
+"""Of a budget, for what grows beside the heap: code that runs first, stacks."""
+NO_LIMITS = Limits()
+
+
+class Keeper:
+    """Of the process, on behalf of one fitted model. On CUDA it only reads: that allocator joins what it frees.
+
+    Attributes:
+        highest: What was held at most since `restart`, as far as `observe` has read it.
+        limits: In force.
+    """
+
+    def __init__(self, meter: Meter | None = None) -> None:
+        """Of the device of ``meter``; without one it does nothing."""
+        self._meter = meter
+        self._keeps = meter is not None and meter.device.type == "cpu"
+        self._heap = heap() if self._keeps else None
+        self.highest = 0
+        self.limits = NO_LIMITS
+
+    def begin(self, limits: Limits) -> None:
+        """A step begins under these."""
+        self.limits = limits
+        if self._heap is None:
+            self.reach(START)
+        elif limits.budget:
+            self._heap.limit(limits.budget - int(MARGIN_SHARE * limits.budget))
+        else:
+            self._heap.lift()
+
+    def minds(self, moment: Moment) -> bool:
+        """Whether it has to hear of a moment."""
+        return self._keeps and self._heap is None and moment in self.limits.growths
+
+    def reach(self, moment: Moment) -> None:
+        """A moment of the step: make room for what comes next."""
+        if self._meter is None or not self.minds(moment):
+            return
+        if self._meter.now() + self.limits.growths[moment] > self.limits.budget:
+            self._meter.release()
+
+    def relax(self) -> None:
+        """Nothing is planned any more."""
+        self.limits = NO_LIMITS
+        if self._heap is not None:
+            self._heap.lift()
+
+    def restart(self) -> None:
+        """A step is over: its peak no longer counts."""
+        self.observe()
+        self.highest = 0
+
+    def observe(self) -> int:
+        """Read the highest that was held since the last time, and begin anew; returns the highest of this step."""
+        if self._meter is None:
+            return 0
+        self.highest = max(self.highest, self._meter.peak())
+        self._meter.reset_peak()
+        return self.highest
