@@ -44,7 +44,6 @@ class Block:
     own: dict[int, int] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     recordings_in_a_row: int = 0
-    unsteady: int = 0
 
     def forget(self, signature: Any) -> None:
         """A call was not what its recording says: the next one is recorded again."""

@@ -16,7 +16,7 @@ from memfit.frames import Cell, Frame, Handle, Kept, unpack
 from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
 from memfit.replay import CompiledPolicy, generator_of
-from memfit.storages import covers
+from memfit.storages import is_small
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
 _top = torch._C._autograd._top_saved_tensors_default_hooks
-
-
-SMALL_BUFFER_BYTES = 16 * 2**10
-"""Buffers up to this size are copied into the frame: distributed training broadcasts them, and no version tells."""
 
 
 class Call:
@@ -204,7 +200,7 @@ class Call:
                 tensor = self.leaf(number)
                 if tensor is not None:
                     leaf = compiled.program.nodes[number].leaf
-                    if leaf is not None and leaf.kind == "buffer" and _is_small(tensor):
+                    if leaf is not None and leaf.kind == "buffer" and is_small(tensor):
                         tensor = tensor.detach().clone()
                     frame.parameters[number] = (tensor, tensor.data_ptr(), tensor._version)
         return frame
@@ -349,8 +345,3 @@ class Call:
         self.link = self.upstream = None
         if self.tie is not None:
             self.tie.offer = None
-
-
-def _is_small(buffer: torch.Tensor) -> bool:
-    """Whether a buffer is copied into the frame: small, and a copy has its geometry."""
-    return buffer.nbytes <= SMALL_BUFFER_BYTES and buffer.is_contiguous() and covers(buffer)

@@ -14,8 +14,7 @@ from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.frames import Handle, kept, passes
 from memfit.replay import generator_of
 from memfit.signature import SCALARS, numeric_flags, set_numeric_flags
-
-_SMALL_BUFFER_BYTES = 16 * 2**10
+from memfit.storages import is_small
 
 _Settings = list[tuple[dict[str, Any], dict[str, Any]]]
 """Dictionaries of a module, and what was in them."""
@@ -71,7 +70,7 @@ class ReplayOfModule:
             for name, buffer in child._buffers.items():
                 if buffer is None:
                     continue
-                if buffer.nbytes <= _SMALL_BUFFER_BYTES and buffer.is_contiguous():
+                if is_small(buffer):
                     buffers[name] = buffer.detach().clone()  # distributed training writes it, and no version tells
                 else:
                     self.versions.append((buffer, buffer._version, buffer.data_ptr()))

@@ -68,7 +68,6 @@ class Runtime:
         self.notes: dict[str, str] = {}
         self.recorded = 0
         self.record_seconds = 0.0
-        self.mismatches = 0
         self._turns = Turns()
         self._local = threading.local()
         self.links = Links()
@@ -359,8 +358,6 @@ class Runtime:
                 if graph.fingerprint(outputs, call.tensors) != state.program.graph:
                     difference = "its autograd graph changed"
             if difference:
-                self.mismatches += 1
-                block.unsteady += 1
                 self.note(f"differs {block.name}", f"`{block.name}` was recorded again: {difference}")
                 block.forget(call.signature)
                 call.keep_all()
