@@ -53,6 +53,7 @@ from memfit.entries import ProgramState
 from memfit.frames import Frame
 from memfit.hooks import PostHook, PreHook, RootHook
 from memfit.modes import Modes
+from memfit.plans import Policy
 from memfit.programs import Program
 from memfit.runtime import Runtime
 from memfit.trace import Recorder
@@ -476,6 +477,17 @@ def test_rule_04_another_sign_is_not_few_ulp(dtype: torch.dtype) -> None:
     assert bits.max_ulp(two, two * float("nan")) == float("inf")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_rule_04_an_overflow_is_not_few_ulp(dtype: torch.dtype) -> None:
+    """Behind the largest number comes infinity, and behind that the first NaN."""
+    values = (torch.finfo(dtype).max, float("inf"), float("-inf"), float("nan"))
+    largest, infinite, lowest, nan = (torch.tensor([1.0, value], dtype=torch.float64).to(dtype) for value in values)
+    for one, other in ((largest, infinite), (infinite, nan), (largest, nan), (lowest, infinite)):
+        assert bits.max_ulp(one, other) == bits.max_ulp(other, one) == float("inf")
+    for same in (largest, infinite, nan):
+        assert bits.max_ulp(same, same.clone()) == 0
+
+
 def test_rule_04_few_ulp() -> None:
     """A last bit that differs is no error: the value is kept from the next step on, and the report says so."""
 
@@ -668,12 +680,30 @@ def test_rule_07_small_buffers(traced: bool) -> None:
         train(Stack(Buffered), fit, seen, inside=broadcast)
 
     def off(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(calls, "SMALL_BUFFER_BYTES", 0)
+        patch.setattr(storages, "SMALL_BUFFER_BYTES", 0)
 
     if traced:
         matters(scenario, off, backstops=[no_canary], failure="error")
     else:
         matters(scenario, off, backstops=[no_canary])
+
+
+@pytest.mark.parametrize("number", ["saved", "input", -1, 10**6])
+def test_rule_07_only_what_loses_nothing_is_narrowed(number: str | int) -> None:
+    """A plan that narrows a value of which no smaller form is known: it would come back as a mask of itself."""
+    model = Stack()
+    with memfit.fit(model, policy="full") as handle:
+        model(data(0)).backward()
+        state = handle.runtime.calls[1].entry.state
+    program = state.program
+    which = {
+        "saved": next(s.value.node for s in program.saved if program.nodes[s.value.node].mask_scale is None),
+        "input": next(n for n, node in enumerate(program.nodes) if node.leaf is not None and node.leaf.kind == "input"),
+    }
+    policy = Policy(program=program.key, narrowed=(which.get(number, number),))
+    with pytest.raises(memfit.MemfitError, match="no smaller form"):
+        replay.compile_policy(program, policy)
+    assert state.compile(policy).saves_all
 
 
 def test_rule_08_parameters_are_objects() -> None:
