@@ -1037,6 +1037,54 @@ def test_rule_13_fallback_is_checked() -> None:
     matters(scenario, no_canary, refusal=True)
 
 
+class HidesOne(nn.Module):
+    """Reads data, and runs again as a whole; hidden state shows in one element of what is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.act = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.2), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight if x.detach().sum() > -1e9 else x
+        if BOX["kind"] == "few elements":
+            few = torch.tensor([1.0, 0.5, 1.0 + BOX["scale"]])
+            return x + y * (y.mean(1, keepdim=True) * few).sum(1, keepdim=True).cos()
+        factor = torch.ones(x.shape)
+        factor = factor.mT.contiguous().mT if BOX["kind"] == "transposed" else factor
+        factor[3, 7] += BOX["scale"]
+        return x + (y * factor).sin()
+
+
+@pytest.mark.parametrize("kind", ["one element", "transposed", "few elements"])
+@pytest.mark.parametrize("first", [0, LATE])
+def test_rule_13_all_bits_of_the_fallback(kind: str, first: int) -> None:
+    """Samples miss one element: an error when the block's turn comes, and from then on it is left plain."""
+    torch.manual_seed(0)
+    model, plain = Stack(HidesOne), Stack(HidesOne)
+    plain.load_state_dict(model.state_dict())
+    BOX.update(kind=kind)
+    errors, right = [], []
+    with memfit.fit(model, policy="full") as handle:
+        for i in range(LATE + 6):
+            for each in (plain, model):
+                each.zero_grad()
+                BOX["scale"] = 0.0
+                loss = each(data(i))
+                BOX["scale"] = 1.0 if i >= first else 0.0
+                try:
+                    loss.backward()
+                except memfit.RecomputeError:
+                    errors.append(i)
+            ours, theirs = (copies((n, p.grad) for n, p in m.named_parameters()) for m in (model, plain))
+            right += [] if differences(ours, theirs) else [i]
+        modes = {block.mode for block in handle.runtime.blocks}
+    assert len(errors) == 3, "each block once"
+    assert errors[0] == first
+    assert errors[-1] <= first + 5
+    assert right == [i for i in range(LATE + 6) if i < first or i > errors[-1]]
+    assert modes == {"plain"}
+
+
 def test_rule_13_descends() -> None:
     """The part of a block that can be replayed is, beside a part that cannot."""
 

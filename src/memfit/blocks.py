@@ -30,6 +30,7 @@ class Block:
         reason: Why not replay.
         parent: The descended block that it belongs to.
         own: Where its parameters and buffers lie, by `storages_of`.
+        reruns: Calls that were to run again as a whole.
     """
 
     name: str
@@ -44,11 +45,17 @@ class Block:
     own: dict[int, int] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     recordings_in_a_row: int = 0
+    reruns: int = 0
 
     def forget(self, signature: Any) -> None:
         """A call was not what its recording says: the next one is recorded again."""
         self.entries.pop(signature, None)
         self.recordings_in_a_row += _RECORDED_AGAIN - 1
+
+    def leave(self, why: str) -> None:
+        """Run again as a whole, it was not the same: from now on it keeps what it saves."""
+        if self.mode == "fallback":
+            self.mode, self.reason = "plain", f"{self.reason}; {why}"
 
 
 def find_blocks(model: torch.nn.Module, wanted: list[str] | None = None) -> list[tuple[str, torch.nn.Module]]:

@@ -16,7 +16,7 @@ from memfit.frames import Cell, Frame, Handle, Kept, unpack
 from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
 from memfit.replay import CompiledPolicy, generator_of
-from memfit.storages import is_small
+from memfit.storages import PLAIN_TYPES, is_small
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
@@ -242,7 +242,7 @@ class Call:
         self.kept_frame = frame
         cells = self.cells() if compiled.dropped or compiled.returned is not None else {}
         dropped: dict[int, torch.Tensor] = {i: handles[i].tensor for i in compiled.dropped}  # type: ignore[misc]  # parked
-        turn = self.index * 7919 + (self.entry.calls if self.entry is not None else 0) * 104729
+        turn = self._turn(self.entry.calls if self.entry is not None else 0)
         frame.samples = canary.Samples(compiled.probes, dropped, turn)
         if hashed:
             frame.hashes = {i: canary.all_bits(tensor) for i, tensor in dropped.items()}
@@ -278,7 +278,7 @@ class Call:
         if compiled.returned is not None:
             self.upstream = tuple([(n, *cells[n]) for n in compiled.returned.leaves])
 
-    def fall_back(self) -> None:
+    def fall_back(self, *, hashed: bool) -> None:
         """Drop everything; the module's forward runs again in the backward (rule 13)."""
         aliases: dict[int, torch.Tensor] = {}
 
@@ -296,6 +296,7 @@ class Call:
             return structure
 
         frame = ReplayOfModule(self.block.name, self.block.module, detached(self.args), detached(self.kwargs))
+        frame.distrust = self.block.leave
         frame.states = dict(self.rng or {})
         device = self.tensors[0].device.type if self.tensors else "cpu"
         if torch.is_autocast_enabled(device):
@@ -308,19 +309,28 @@ class Call:
             frame.versions.append((aliases.get(id(given), given), version, given.data_ptr()))
         for parameter in parameters:
             frame.versions.append((parameter, parameter._version, parameter.data_ptr()))
+        dropped: dict[int, torch.Tensor] = {}
         for handle in self.handles:
             tensor = handle.tensor
             assert tensor is not None
             frame.metas.append(canary.meta(tensor))
-            if tensor.data_ptr() in pointers or not tensor.numel() or tensor._version != handle.version:
+            if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or not tensor.numel():
                 continue
-            step = max(0, tensor.numel() // canary.NUM_SAMPLES)
-            if tensor.is_contiguous():
-                frame.samples[handle.index] = (canary.take(tensor, step, 0).clone(), step, 0)
+            if tensor.data_ptr() in pointers or tensor._version != handle.version:
+                continue
+            dropped[handle.index] = tensor
             handle.frame = frame
             handle.tensor = None
+        frame.samples = canary.Samples(canary.probes_of(dropped), dropped, self._turn(self.block.reruns))
+        if hashed:
+            frame.hashes = {i: canary.all_bits(tensor) for i, tensor in dropped.items()}
+        self.block.reruns += 1
         self.kept_frame = frame
         self.mode = "fallback"
+
+    def _turn(self, calls: int) -> int:
+        """Where samples are taken: elsewhere in every call."""
+        return self.index * 7919 + calls * 104729
 
     def watch_backward(self, entered: Callable[[], None]) -> None:
         """Call ``entered`` when the backward first asks for a saved tensor of this call."""

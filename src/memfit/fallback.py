@@ -32,7 +32,9 @@ class ReplayOfModule:
         "args",
         "autocast",
         "block",
+        "distrust",
         "flags",
+        "hashes",
         "kwargs",
         "listener",
         "lock",
@@ -55,7 +57,9 @@ class ReplayOfModule:
         self.kwargs = kwargs
         self.lock = threading.RLock()
         self.metas: list[tuple[Any, ...]] = []
-        self.samples: dict[int, tuple[torch.Tensor, int, int]] = {}
+        self.samples: canary.Samples | None = None
+        self.hashes: dict[int, torch.Tensor] = {}
+        self.distrust: Callable[[str], None] | None = None
         self.states: dict[torch.device, torch.Tensor] = {}
         self.autocast: tuple[str, Any, bool] | None = None
         self.values: dict[int, torch.Tensor] = {}
@@ -96,16 +100,18 @@ class ReplayOfModule:
             value = self.values.pop(handle.index)
             if task == -1:
                 self.values.clear()
-            sample = self.samples.get(handle.index)
-            if sample is not None and not canary.same(value, *sample):
-                raise RecomputeError(
-                    self.block,
-                    f"saved tensor {handle.index} {list(value.shape)}",
-                    "the whole block, run again",
-                    "The block computed something else the second time: it depends on more than its arguments, "
-                    "parameters and torch's generators. Exclude it with `blocks=`.",
-                )
+            self._check(handle.index, value)
             return value
+
+    def _check(self, index: int, value: torch.Tensor) -> None:
+        """The canary of rule 4."""
+        ulp = self.samples.differs(index, value) if self.samples is not None else None
+        if ulp is not None and ulp <= canary.FEW_ULP:
+            self._doubt(f"run again, a value differed by {ulp:.3g} ulp")
+            return
+        expected = self.hashes.get(index)
+        if ulp is not None or (expected is not None and not canary.same_bits(value, expected)):
+            raise self._mismatch("it computed something else", f"saved tensor {index} {list(value.shape)}")
 
     def end(self) -> None:
         """The backward pass is over."""
@@ -159,9 +165,18 @@ class ReplayOfModule:
             raise self._mismatch(f"{len(found)} saved tensors, were {wanted}")
         self.values = dict(enumerate(found))
 
-    def _mismatch(self, detail: str) -> RecomputeError:
+    def _doubt(self, why: str) -> None:
+        if self.distrust is not None:
+            self.distrust(why)
+
+    def _mismatch(self, detail: str, which: str = "what it saved") -> RecomputeError:
+        self._doubt("run again, it computed something else")
         return RecomputeError(
-            self.block, "all saved tensors", "the whole block, run again", f"The second run differs: {detail}."
+            self.block,
+            which,
+            "the whole block, run again",
+            f"The second run differs: {detail}; the block depends on more than its arguments, parameters and torch's "
+            "generators. Drop this step's gradients and step again: from now on it keeps what it saves.",
         )
 
 

@@ -214,7 +214,7 @@ class Runtime:
         if call.recorder is not None:
             self._finish_recording(call, output)
         elif block.mode == "fallback":
-            call.fall_back()
+            self._fall_back(call)
         else:
             self._finish(call, output)
         self.links.leave(call, output, self.calls, watched=self.listener is not None)
@@ -340,9 +340,13 @@ class Runtime:
             reason = program.writes or ("draws Python randomness" if program.python_random else why)
             block.mode, block.reason = "plain", f"{why}; {reason}" if reason != why else why
         if safe:
-            call.fall_back()
+            self._fall_back(call)
         else:
             call.keep_all()
+
+    def _fall_back(self, call: Call) -> None:
+        due = self._turns.due(type(call.block.module).__qualname__, self.steps)
+        call.fall_back(hashed=due or call.block.reruns < VERIFIED_CALLS)
 
     # Replaying
 
