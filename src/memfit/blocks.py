@@ -31,6 +31,9 @@ class Block:
         parent: The descended block that it belongs to.
         own: Where its parameters and buffers lie, by `storages_of`.
         reruns: Calls that were to run again as a whole.
+        offers: Calls whose output the next block might ask for.
+        link_failures: How often what came back through its linked input was wrong.
+        unlinked: Whether it keeps its input therefore.
     """
 
     name: str
@@ -46,6 +49,9 @@ class Block:
     hooks: list[Any] = field(default_factory=list)
     recordings_in_a_row: int = 0
     reruns: int = 0
+    offers: int = 0
+    link_failures: int = 0
+    unlinked: bool = False
 
     def forget(self, signature: Any) -> None:
         """A call was not what its recording says: the next one is recorded again."""

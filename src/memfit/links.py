@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memfit.canary import all_bits, same_bits
 from memfit.errors import ChangedTensorError
 from memfit.plans import Policy
 from memfit.profiles import Link
@@ -29,11 +30,14 @@ from memfit.signature import numeric_flags, output_tensors, set_numeric_flags
 from memfit.solver.links import kept_input
 
 if TYPE_CHECKING:
+    from memfit.blocks import Block
     from memfit.calls import Call
     from memfit.entries import ProgramState
     from memfit.frames import Cell, Frame
 
 Choose = Callable[["ProgramState", int, str], Policy | None]
+CHECKED_OFFERS = 3
+"""After a recording, and so often at first, all bits of what a block returned are compared when the next one begins."""
 _GIVEN = -1
 """Where an environment holds what one call hands to the next."""
 
@@ -131,10 +135,10 @@ def run_output(frame: Frame, env: Environment, value: Value) -> torch.Tensor:
 class Offer:
     """What one call returned, until the next begins. Holds what recipes read no longer than an output lives."""
 
-    __slots__ = ("__weakref__", "calls", "cells", "frame", "index", "outputs", "program", "source", "stream")
+    __slots__ = ("__weakref__", "bits", "calls", "cells", "frame", "index", "outputs", "program", "source", "stream")
 
-    def __init__(self, call: Call, outputs: list[torch.Tensor], calls: list[Call]) -> None:
-        """What ``call`` returned, as one of ``calls``, those of the step."""
+    def __init__(self, call: Call, outputs: list[torch.Tensor], calls: list[Call], *, checked: bool) -> None:
+        """What ``call`` returned, as one of ``calls``, those of the step; all bits of it if it is to be ``checked``."""
         assert call.compiled is not None
         self.calls = calls
         self.index = call.index
@@ -151,6 +155,7 @@ class Offer:
                 offer.frame = offer.cells = offer.source = None
 
         self.outputs = [(weakref.ref(tensor, withdraw), tensor._version) for tensor in outputs]
+        self.bits = [all_bits(tensor.detach()) for tensor in outputs] if checked else []
 
     def enters(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
         """Which argument is which output, unchanged; the largest, if several are."""
@@ -165,6 +170,10 @@ class Offer:
         if found is not None and self.stream is not None and _stream([tensors[found[0]]]) != self.stream:
             return None
         return found
+
+    def is_written(self, output: int, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor``, of the version that was returned, holds something else (``h.data += 1``)."""
+        return bool(self.bits) and not same_bits(tensor.detach(), self.bits[output])
 
 
 class Tie:
@@ -190,9 +199,10 @@ class Tie:
 class Links:
     """The offers between the calls of one runtime, one for each thread."""
 
-    def __init__(self) -> None:
-        """None yet."""
+    def __init__(self, note: Callable[[str, str], None]) -> None:
+        """None yet; ``note`` takes what the report should say."""
         self.used = False
+        self._note = note
         self._local = threading.local()
 
     def leave(self, call: Call, output: Any, calls: list[Call], *, watched: bool) -> None:
@@ -204,18 +214,38 @@ class Links:
             call.tie.holders = _holders(call)
         if not _is_sharded(call.block.module):
             self.used = True
-            self._local.offer = Offer(call, output_tensors(output), calls)
+            call.block.offers += 1
+            checked = call.fresh or call.block.offers <= CHECKED_OFFERS
+            self._local.offer = Offer(call, output_tensors(output), calls, checked=checked)
 
     def enter(self, call: Call, calls: list[Call]) -> None:
         """A call begins: is one of its arguments what the call before it returned?"""
         if not self.used:
             return
         offer, self._local.offer = getattr(self._local, "offer", None), None
-        if offer is None or offer.calls is not calls or offer.index != call.index - 1:
+        if offer is None or offer.calls is not calls or offer.index != call.index - 1 or call.block.unlinked:
             return
         found = offer.enters(call.tensors)
-        if found is not None:
+        if found is None:
+            return
+        if offer.is_written(found[1], call.tensors[found[0]]):
+            self._unlink(call.block)
+        else:
             call.tie = Tie(found[0], found[1], offer)
+
+    def failed(self, block: Block) -> None:
+        """What came back through the input of ``block`` was wrong: the second time, it is kept from then on."""
+        block.link_failures += 1
+        if block.link_failures > 1:
+            self._unlink(block)
+
+    def _unlink(self, block: Block) -> None:
+        block.unlinked = True
+        self._note(
+            "unlinked",
+            f"`{block.name}` keeps its input, as does every block of which this is true: what the one before it returned "
+            "is written on the way, and no version counts that (`.data`)",
+        )
 
     def accept(self, call: Call, state: ProgramState, choose: Choose, calls: list[Call]) -> Policy | None:
         """The policy for a call: as chosen if its dropped input can come back, else with that input kept."""

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Runtime:
         self.record_seconds = 0.0
         self._turns = Turns()
         self._local = threading.local()
-        self.links = Links()
+        self.links = Links(self.note)
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
             self.add_block(name, module)
@@ -376,6 +377,7 @@ class Runtime:
         frame = call.frame()
         frame.demote = state.demoter(self, block.name)
         frame.distrust = state.distrust
+        frame.link_failed = partial(self.links.failed, block)
         if compiled.dropped and entry.calls <= VERIFIED_CALLS:
             frame.holders = Holders(state, compiled, call.handles)
         hashed = self._turns.due(state.key, self.steps)
