@@ -15,6 +15,7 @@ from memfit.fallback import ReplayOfModule
 from memfit.frames import Cell, Frame, Handle, Kept, unpack
 from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
+from memfit.programs import Leaf
 from memfit.replay import CompiledPolicy, generator_of
 from memfit.storages import PLAIN_TYPES, is_small
 
@@ -149,6 +150,15 @@ class Call:
             if tensor is not None and (pointer := tensor.data_ptr()):
                 starts[storage] = pointer - offset
         return state.checks.differs(self.handles, starts)
+
+    def leaves(self) -> list[tuple[Leaf, torch.Tensor]]:
+        """What the block is given: its tensor arguments, parameters and buffers."""
+        found = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(self.tensors)]
+        for (owner, name), (kind, dictionary) in self.block.slots.items():
+            value = dictionary.get(name)
+            if value is not None:
+                found.append((Leaf(kind, -1, owner, name), value))
+        return found
 
     def leaf(self, number: int) -> torch.Tensor | None:
         """The tensor that is leaf ``number`` in this call."""

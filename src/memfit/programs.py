@@ -182,6 +182,15 @@ class Program:
     record_seconds: float = 0.0
 
     @property
+    def not_replayable(self) -> str:
+        """Why recipes may bring nothing back, or ""."""
+        if self.foreign:
+            return f"tensors of type {self.foreign}"
+        if self.python_random:
+            return "draws Python randomness"
+        return f"depends on data: {self.data_dependent}" if self.data_dependent else ""
+
+    @property
     def unproven(self) -> int:
         """How many values proved nothing because all their elements were equal."""
         return sum(node.unproven for node in self.nodes)

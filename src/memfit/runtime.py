@@ -31,7 +31,7 @@ from memfit.limits import Keeper
 from memfit.links import Links
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
-from memfit.programs import Leaf, Program
+from memfit.programs import Program
 from memfit.signature import Watch, call_key, flatten, numeric_flags, output_tensors, parameter_slots, storages_of
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
@@ -267,17 +267,8 @@ class Runtime:
     # Recording
 
     def _start_recording(self, call: Call) -> None:
-        block = call.block
-        leaves: list[tuple[Leaf, torch.Tensor]] = []
-        for i, tensor in enumerate(call.tensors):
-            leaves.append((Leaf("input", i, "", ""), tensor))
-        for (owner, name), (kind, dictionary) in block.slots.items():
-            value = dictionary.get(name)
-            if value is not None:
-                leaves.append((Leaf(kind, -1, owner, name), value))
         call.versions = [t._version for t in call.tensors]
-        recorder = Recorder(leaves, owner=call.owner)
-        call.recorder = recorder
+        call.recorder = Recorder(call.leaves(), owner=call.owner)
         call.started = time.perf_counter()
         call.open(park(call), random=True)
 
@@ -296,14 +287,8 @@ class Runtime:
         self.recorded += 1
         self.record_seconds += time.perf_counter() - call.started
         block.recordings_in_a_row += 1
-        why = ""
-        if program.foreign:
-            why = f"tensors of type {program.foreign}"
-        elif program.python_random:
-            why = "draws Python randomness"
-        elif program.data_dependent:
-            why = f"depends on data: {program.data_dependent}"
-        elif block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
+        why = program.not_replayable
+        if not why and block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
             why = UNSTEADY
         if why:
             self._not_replayable(call, program, why)
