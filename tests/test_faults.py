@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import enum
 import random
 import sys
@@ -33,6 +34,7 @@ from faults import (
     Block,
     Fit,
     OverwritesInput,
+    Scenario,
     Stack,
     Watched,
     at,
@@ -42,6 +44,7 @@ from faults import (
     train,
 )
 from gradients import Tensors, copies, differences
+from memfit.programs import Program
 
 # What changes between two steps --------------------------------------------------------------------------------------
 
@@ -496,6 +499,149 @@ def test_enum_argument() -> None:
         model.column = Column(i == 10)
 
     hold(lambda fit, seen: train(OverwrittenStack(Overwritten), fit, seen, between=between, steps=12))
+
+
+@dataclasses.dataclass
+class Inner:
+    """Inside another one."""
+
+    column: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Outer:
+    """Holds an object, a list of them, and a tensor."""
+
+    inner: Inner
+    others: list[Inner] = dataclasses.field(default_factory=list)
+    mask: Tensor | None = None
+
+
+class Options:
+    """No dataclass."""
+
+    def __init__(self, column: int) -> None:
+        self.column = column
+
+
+OBJECTS: dict[str, tuple[Callable[[int], object], Callable[[Any], int | Tensor]]] = {
+    "namespace": (lambda n: types.SimpleNamespace(column=n), lambda how: how.column),
+    "dataclass": (Inner, lambda how: how.column),
+    "dataclass in a dataclass": (lambda n: Outer(Inner(n)), lambda how: how.inner.column),
+    "dataclass in a list": (lambda n: Outer(Inner(), [Inner(n)]), lambda how: how.others[0].column),
+    "tensor in a dataclass": (lambda n: Outer(Inner(), [], torch.tensor([n] * WIDTH)), lambda how: how.mask),
+    "other class": (Options, lambda how: how.column),
+    "slice": (lambda n: slice(n, n + 1), lambda how: how.start),
+}
+
+
+class Told(Block):
+    """An object among the arguments says which element is overwritten."""
+
+    read: Callable[[Any], int | Tensor]
+
+    def forward(self, x: Tensor, how: object) -> Tensor:
+        x = super().forward(x)
+        row = (torch.arange(ROWS) == 3)[:, None]
+        return x.masked_fill(row & (torch.arange(WIDTH) == self.read(how)), 0.5).sigmoid() * x
+
+
+class ToldStack(Stack):
+    """Passes ``how`` to every block."""
+
+    how: object = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, self.how)
+        return self.head(x).tanh().square().mean()
+
+
+def told(kind: str, column: Callable[[int], int], steps: int) -> Scenario:
+    """Train with an argument whose value in step ``i`` is ``column(i)``."""
+    make, read = OBJECTS[kind]
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        model = ToldStack(Told)
+        for block in model.blocks:
+            block.read = read
+
+        def between(model: Any, i: int) -> None:
+            model.how = make(column(i))
+
+        train(model, fit, seen, between=between, steps=steps, must_drop=False)
+
+    return scenario
+
+
+@pytest.mark.parametrize("kind", list(OBJECTS))
+@pytest.mark.parametrize("run_again", [False, True])
+def test_object_argument(kind: str, run_again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an argument holds decides about one element, and changes when nothing is verified any more."""
+    if run_again:
+        monkeypatch.setattr(Program, "not_replayable", "the test says so")
+        monkeypatch.setattr("memfit.runtime.replayable_children", lambda module: [])
+    for outcome in hold(told(kind, lambda i: 5 * (i == 8), steps=10)).values():
+        assert outcome.summary is not None
+        modes = {block["mode"] for block in outcome.summary["blocks"]}
+        assert modes == {"fallback" if run_again else "replay"}
+
+
+def test_object_argument_written_before_the_backward() -> None:
+    """The second run of a whole block is told what the first one was."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.inner = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.2), nn.Identity()
+
+        def forward(self, x: Tensor, how: Any) -> Tensor:
+            y = x @ self.weight if x.detach().sum() > -1e9 else x
+            return x + y.masked_fill(torch.arange(WIDTH) == how.column, 0.5).sigmoid() * y
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        model = ToldStack(Reads)
+
+        def between(model: Any, i: int) -> None:
+            model.how = Options(0)
+
+        def inside(model: Any, i: int) -> None:
+            model.how.column = 9
+
+        train(model, fit, seen, between=between, inside=inside, must_drop=False)
+
+    hold(scenario, fits={"full": FITS["full"]})
+
+
+@pytest.mark.parametrize("matters", [False, True])
+def test_object_argument_that_counts(matters: bool) -> None:
+    """Another value in every call: recorded a few times where that changes nothing, else not for ever either."""
+    recorded: list[int] = []
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        handles: list[Any] = []
+
+        def keep(model: nn.Module) -> Any:
+            handles.append(fit(model))
+            return handles[-1]
+
+        make, read = OBJECTS["namespace"]
+        model = ToldStack(Told)
+        for block in model.blocks:
+            block.read = read if matters else lambda how: 3
+
+        def between(model: Any, i: int) -> None:
+            model.how = make(i)
+
+        train(model, keep, seen, between=between, steps=44 if matters else 20, must_drop=False)
+        if handles[0] is not None:
+            recorded.append(handles[0].runtime.recorded)
+
+    (outcome,) = hold(scenario, fits={"full": FITS["full"]}).values()
+    assert outcome.summary is not None
+    modes = {block["mode"] for block in outcome.summary["blocks"]}
+    assert recorded[0] <= (3 * 36 if matters else 3 * 9)
+    assert modes == ({"fallback", "replay"} if matters else {"replay"}), "the last one adopts what others recorded"
 
 
 # What changes between forward and backward ---------------------------------------------------------------------------

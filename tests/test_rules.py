@@ -849,7 +849,7 @@ def test_rule_09_modes(change: str) -> None:
     def off(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(signature, "autocast_state", lambda device: None)
         key = runtime.call_key
-        patch.setattr(runtime, "call_key", lambda arguments, tensors, training, own: key(arguments, tensors, True, own))
+        patch.setattr(runtime, "call_key", lambda *given: key(*given[:3], True, *given[4:]))
 
     backstops = [no_watch, no_late_drop, no_verified_calls, no_canary]
     matters(scenario, off, backstops=backstops, failure="error")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
 _MIN_REPEATS = 2
+_SAME_PROGRAMS = 4
+"""As many recordings that differ in the fields of objects only, and say the same: fields do not count any more."""
 _RECORDED_AGAIN = 4
 """How many recordings of new arguments one counts for whose arguments were known."""
 
@@ -34,6 +36,7 @@ class Block:
         offers: Calls whose output the next block might ask for.
         link_failures: How often what came back through its linked input was wrong.
         unlinked: Whether it keeps its input therefore.
+        ignores_fields: Whether objects among its arguments count by their class only.
     """
 
     name: str
@@ -52,11 +55,23 @@ class Block:
     offers: int = 0
     link_failures: int = 0
     unlinked: bool = False
+    ignores_fields: bool = False
 
     def forget(self, signature: Any) -> None:
         """A call was not what its recording says: the next one is recorded again."""
         self.entries.pop(signature, None)
         self.recordings_in_a_row += _RECORDED_AGAIN - 1
+
+    def compare_fields(self, signature: tuple[Any, ...], entry: Entry) -> None:
+        """Recorded again for what an object among its arguments holds: a counter, if the program is always the same."""
+        key = entry.state.program.timeless_key
+        same = [
+            known
+            for known, other in self.entries.items()
+            if known[:-1] == signature[:-1] and known[-1] != signature[-1] and other.state.program.timeless_key == key
+        ]
+        if len(same) >= _SAME_PROGRAMS:
+            self.ignores_fields = True
 
     def leave(self, why: str) -> None:
         """Run again as a whole, it was not the same: from now on it keeps what it saves."""

@@ -13,7 +13,7 @@ from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.frames import Handle, kept, passes
 from memfit.replay import generator_of
-from memfit.signature import SCALARS, numeric_flags, set_numeric_flags
+from memfit.signature import SCALARS, numeric_flags, plain_attributes, set_numeric_flags
 from memfit.storages import is_small
 
 _Settings = list[tuple[dict[str, Any], dict[str, Any]]]
@@ -81,6 +81,9 @@ class ReplayOfModule:
             plain = {name: value for name, value in child.__dict__.items() if isinstance(value, SCALARS)}
             self.settings += [(child._parameters, dict(child._parameters)), (child._buffers, buffers)]
             self.settings.append((child.__dict__, plain))
+        for argument in (*args, *kwargs.values()):
+            if plain := plain_attributes(argument):
+                self.settings.append((argument.__dict__, plain))
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle."""

@@ -243,8 +243,8 @@ class Links:
         block.unlinked = True
         self._note(
             "unlinked",
-            f"`{block.name}` keeps its input, as does every block of which this is true: what the one before returned is "
-            "written on the way, and no version counts that (`.data`)",
+            f"`{block.name}` keeps its input, as does every block for which this holds: what the one before returned "
+            "is written on the way, and no version counts that (`.data`)",
         )
 
     def accept(self, call: Call, state: ProgramState, choose: Choose, calls: list[Call]) -> Policy | None:

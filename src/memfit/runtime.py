@@ -164,8 +164,8 @@ class Runtime:
             self.pop_stale()
         tensors: list[torch.Tensor] = []
         key: list[Any] = []
-        flatten(args, tensors, key)
-        flatten(kwargs, tensors, key)
+        fields: list[Any] = []
+        flatten((args, kwargs), tensors, key, None if block.ignores_fields else fields)
         why = why_aside(block.module, module, tensors)
         if why:
             self.note(f"aside {why}", f"stepped aside: {why}")
@@ -178,7 +178,7 @@ class Runtime:
         if block.watched != self.generation:
             self._watch(block)
         flags = numeric_flags()
-        signature = call_key(key, tensors, block.module.training, block.own, flags)
+        signature = call_key(key, fields, tensors, block.module.training, block.own, flags)
         call = Call(block, len(self.calls), tensors, args, kwargs)
         call.flags = flags
         call.owner = sys._getframe(2)
@@ -296,6 +296,7 @@ class Runtime:
         state = self.states.setdefault(program.key, ProgramState(program))
         state.add_time(program)
         entry = Entry(state)
+        block.compare_fields(call.signature, entry)
         previous = block.entries.get(call.signature)
         entry.recordings = previous.recordings + 1 if previous is not None else 1
         entry.record_after = 2 ** min(entry.recordings, 10) if program.unproven else 0
