@@ -36,6 +36,7 @@ class Block:
         offers: Calls whose output the next block might ask for.
         link_failures: How often what came back through its linked input was wrong.
         unlinked: Whether it keeps its input therefore.
+        written: Tensor arguments that the model writes after the block has run: no recipe reads them.
         ignores_fields: Whether objects among its arguments count by their class only.
     """
 
@@ -55,6 +56,7 @@ class Block:
     offers: int = 0
     link_failures: int = 0
     unlinked: bool = False
+    written: set[int] = field(default_factory=set)
     ignores_fields: bool = False
 
     def forget(self, signature: Any) -> None:

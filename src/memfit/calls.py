@@ -11,8 +11,9 @@ import torch
 
 from memfit import canary
 from memfit.entries import Entry
-from memfit.fallback import ReplayOfModule
+from memfit.fallback import WRITTEN, ReplayOfModule
 from memfit.frames import Cell, Frame, Handle, Kept, unpack
+from memfit.inputs import Inputs, copied
 from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
 from memfit.programs import Leaf
@@ -152,8 +153,9 @@ class Call:
         return state.checks.differs(self.handles, starts)
 
     def leaves(self) -> list[tuple[Leaf, torch.Tensor]]:
-        """What the block is given: its tensor arguments, parameters and buffers."""
-        found = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(self.tensors)]
+        """What the block is given and recipes may read: tensor arguments, parameters and buffers."""
+        written = self.block.written
+        found = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(self.tensors) if i not in written]
         for (owner, name), (kind, dictionary) in self.block.slots.items():
             value = dictionary.get(name)
             if value is not None:
@@ -215,14 +217,19 @@ class Call:
                     frame.parameters[number] = (tensor, tensor.data_ptr(), tensor._version)
         return frame
 
-    def cells(self) -> dict[int, tuple[torch.Tensor, int]]:
-        """Leaves of recipes: inputs as detached aliases, and kept values."""
+    def cells(self, inputs: Inputs | None = None) -> dict[int, tuple[torch.Tensor, int]]:
+        """Leaves of recipes: inputs as detached aliases (copies in a recorded call), and kept values."""
         compiled = self.compiled
         assert compiled is not None
         cells: dict[int, tuple[torch.Tensor, int]] = {}
         for number, index in compiled.inputs.items():
-            tensor = self.tensors[index].detach()
-            cells[number] = (tensor, self.versions[index])
+            given, version = self.tensors[index], self.versions[index]
+            is_saved = any(s.value.node == number for s in compiled.program.saved)
+            copy = copied(given) if self.fresh and not is_saved else None
+            cell = cells[number] = (given.detach(), version) if copy is None else (copy, copy._version)
+            if inputs is not None:
+                held = copy is None
+                inputs.add(index, cell[0] if held else given, version, saved=is_saved, held=held)
         for number, index in compiled.kept.items():
             saved = self.handles[index].tensor
             assert saved is not None
@@ -244,13 +251,14 @@ class Call:
         self.policy = self.compiled.policy
         self.program_key = self.compiled.program.key
 
-    def apply(self, frame: Frame, *, hashed: bool) -> None:
-        """Drop what the policy drops (the late drop of rule 1)."""
+    def apply(self, frame: Frame, *, hashed: bool, inputs: Inputs | None = None) -> None:
+        """Drop what the policy drops (the late drop of rule 1); the arguments that recipes read go to ``inputs``."""
         self.save_all()
         compiled, handles = self.compiled, self.handles
         assert compiled is not None
         self.kept_frame = frame
-        cells = self.cells() if compiled.dropped or compiled.returned is not None else {}
+        cells = self.cells(inputs) if compiled.dropped or compiled.returned is not None else {}
+        frame.inputs = inputs
         dropped: dict[int, torch.Tensor] = {i: handles[i].tensor for i in compiled.dropped}  # type: ignore[misc]  # parked
         turn = self._turn(self.entry.calls if self.entry is not None else 0)
         frame.samples = canary.Samples(compiled.probes, dropped, turn)
@@ -291,12 +299,15 @@ class Call:
     def fall_back(self, *, hashed: bool) -> None:
         """Drop everything; the module's forward runs again in the backward (rule 13)."""
         aliases: dict[int, torch.Tensor] = {}
+        saved = {h.tensor.data_ptr() for h in self.handles if h.tensor is not None}
+        first = self.block.reruns == 0
 
         def detached(structure: Any) -> Any:
             if isinstance(structure, torch.Tensor):
                 alias = aliases.get(id(structure))
                 if alias is None:
-                    alias = structure.detach().requires_grad_(structure.requires_grad)
+                    copy = copied(structure) if first and structure.data_ptr() not in saved else None
+                    alias = (structure.detach() if copy is None else copy).requires_grad_(structure.requires_grad)
                     aliases[id(structure)] = alias
                 return alias
             if type(structure) in (tuple, list):
@@ -306,7 +317,8 @@ class Call:
             return structure
 
         frame = ReplayOfModule(self.block.name, self.block.module, detached(self.args), detached(self.kwargs))
-        frame.distrust = self.block.leave
+        leave = frame.distrust = self.block.leave
+        frame.inputs = Inputs(lambda _: leave(WRITTEN))
         frame.states = dict(self.rng or {})
         device = self.tensors[0].device.type if self.tensors else "cpu"
         if torch.is_autocast_enabled(device):
@@ -316,9 +328,14 @@ class Call:
         parameters = list(self.block.module.parameters())
         pointers = {p.data_ptr() for p in parameters} | {t.data_ptr() for t in self.tensors}
         for given, version in zip(self.tensors, self.versions, strict=True):
-            frame.versions.append((aliases.get(id(given), given), version, given.data_ptr()))
+            alias, is_saved = aliases.get(id(given), given), given.data_ptr() in saved
+            if alias.data_ptr() != given.data_ptr():
+                frame.inputs.add(0, given, version, saved=is_saved, held=False)
+                version = alias._version
+            frame.versions.append((alias, version, alias.data_ptr(), is_saved))
         for parameter in parameters:
-            frame.versions.append((parameter, parameter._version, parameter.data_ptr()))
+            pointer = parameter.data_ptr()
+            frame.versions.append((parameter, parameter._version, pointer, pointer in saved))
         dropped: dict[int, torch.Tensor] = {}
         for handle in self.handles:
             tensor = handle.tensor

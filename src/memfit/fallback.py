@@ -12,9 +12,12 @@ import torch
 from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.frames import Handle, kept, passes
+from memfit.inputs import Inputs
 from memfit.replay import generator_of
 from memfit.signature import SCALARS, numeric_flags, plain_attributes, set_numeric_flags
 from memfit.storages import is_small
+
+WRITTEN = "something that it reads is written after it has run"
 
 _Settings = list[tuple[dict[str, Any], dict[str, Any]]]
 """Dictionaries of a module, and what was in them."""
@@ -35,6 +38,7 @@ class ReplayOfModule:
         "distrust",
         "flags",
         "hashes",
+        "inputs",
         "kwargs",
         "listener",
         "lock",
@@ -63,7 +67,8 @@ class ReplayOfModule:
         self.states: dict[torch.device, torch.Tensor] = {}
         self.autocast: tuple[str, Any, bool] | None = None
         self.values: dict[int, torch.Tensor] = {}
-        self.versions: list[tuple[torch.Tensor, int, int]] = []
+        self.versions: list[tuple[torch.Tensor, int, int, bool]] = []  # the last one: whether autograd keeps it too
+        self.inputs: Inputs | None = None
         self.task = -2
         self.touched = False
         self.listener: Callable[[], None] | None = None
@@ -77,7 +82,7 @@ class ReplayOfModule:
                 if is_small(buffer):
                     buffers[name] = buffer.detach().clone()  # distributed training writes it, and no version tells
                 else:
-                    self.versions.append((buffer, buffer._version, buffer.data_ptr()))
+                    self.versions.append((buffer, buffer._version, buffer.data_ptr(), False))
             plain = {name: value for name, value in child.__dict__.items() if isinstance(value, SCALARS)}
             self.settings += [(child._parameters, dict(child._parameters)), (child._buffers, buffers)]
             self.settings.append((child.__dict__, plain))
@@ -92,6 +97,8 @@ class ReplayOfModule:
                 self.touched = True
                 if self.listener is not None:
                     self.listener()
+                if self.inputs is not None:
+                    self.inputs.look()
             if handle.tensor is not None:
                 return kept(handle)
             task = torch._C._current_graph_task_id()
@@ -124,8 +131,10 @@ class ReplayOfModule:
             self.touched = False
 
     def _run(self) -> None:
-        for tensor, version, pointer in self.versions:
+        for tensor, version, pointer, is_saved in self.versions:
             if tensor._version != version or tensor.data_ptr() != pointer:
+                if not is_saved:
+                    self._doubt(WRITTEN)
                 raise ChangedTensorError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"an input, parameter or buffer of block `{self.block}` changed between forward and backward, and "

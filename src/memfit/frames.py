@@ -22,6 +22,7 @@ from memfit.signature import numeric_flags, set_numeric_flags
 if TYPE_CHECKING:
     from memfit.fallback import ReplayOfModule
     from memfit.holders import Holders
+    from memfit.inputs import Inputs
     from memfit.links import Upstream
 
 Cell = tuple[int, torch.Tensor, int]
@@ -105,6 +106,7 @@ class Frame:
         "flags",
         "hashes",
         "holders",
+        "inputs",
         "link_failed",
         "listener",
         "lock",
@@ -115,6 +117,7 @@ class Frame:
         "states",
         "task",
         "touched",
+        "written",
     )
 
     def __init__(self, block: str, compiled: CompiledPolicy) -> None:
@@ -136,6 +139,8 @@ class Frame:
         self.demote: Callable[[int, float], None] | None = None
         self.distrust: Callable[[], None] | None = None
         self.link_failed: Callable[[], None] | None = None
+        self.inputs: Inputs | None = None
+        self.written: Callable[[int], None] | None = None
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle: as kept, widened, or brought back by its recipe."""
@@ -153,6 +158,8 @@ class Frame:
                 if self.holders is not None:
                     self.holders.look()
                     self.holders = None
+                if self.inputs is not None:
+                    self.inputs.look()
             if handle.tensor is not None:
                 return self._kept(handle)
             task = torch._C._current_graph_task_id()
@@ -207,12 +214,14 @@ class Frame:
 
     def _checked(self, node: int, tensor: torch.Tensor, version: int) -> torch.Tensor:
         if tensor._version != version:
-            where = "an input" if self.compiled.program.nodes[node].leaf is not None else "a saved value"
+            leaf = self.compiled.program.nodes[node].leaf
+            if leaf is not None and self.written is not None and all(v.node != node for v in self.compiled.values):
+                self.written(leaf.index)  # plain autograd keeps no such input: from now on, nor do we need it
+            where = "an input" if leaf is not None else "a saved value"
             raise ChangedTensorError(
                 f"one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{where} of block `{self.block}` that a recipe reads ([{tensor.type()} {list(tensor.shape)}]) is at "
-                f"version {tensor._version}; expected version {version} instead. Write out of place, or keep it: "
-                f"`fit(..., blocks=...)` without this block."
+                f"version {tensor._version}; expected version {version} instead. Write out of place, or step again."
             )
         narrow = self.compiled.narrowed.get(node)
         if narrow is not None:

@@ -16,12 +16,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memfit.canary import all_bits, same_bits
 from memfit.errors import ChangedTensorError
+from memfit.inputs import counter_of
 from memfit.plans import Policy
 from memfit.profiles import Link
 from memfit.programs import Program, Value
@@ -45,10 +47,17 @@ _GIVEN = -1
 class Upstream:
     """Brings back what a call returned. Held by the handles of the call that it entered, and by nothing else."""
 
-    __slots__ = ("cells", "counter", "frame", "pointer", "source", "tensor", "value", "version")
+    __slots__ = ("bits", "cells", "counter", "frame", "pointer", "source", "tensor", "value", "version", "written")
 
     def __init__(
-        self, tensor: torch.Tensor, value: Value, frame: Frame, cells: tuple[Cell, ...], source: Upstream | None
+        self,
+        tensor: torch.Tensor,
+        value: Value,
+        frame: Frame,
+        cells: tuple[Cell, ...],
+        source: Upstream | None,
+        bits: torch.Tensor | None,
+        written: Callable[[], None],
     ) -> None:
         """An output of a call.
 
@@ -58,14 +67,18 @@ class Upstream:
             frame: Of the call that returned it.
             cells: What the recipe of the output reads.
             source: Brings back that call's own input, if the recipe reads it and the call dropped it.
+            bits: All bits of it, if they are to be compared where it is taken as it is.
+            written: Called where they differ.
         """
+        self.bits = bits
+        self.written = written
         self.frame = frame
         self.cells = cells
         self.source = source
         self.value = value
         self.tensor = weakref.ref(tensor)
         self.pointer = tensor.data_ptr()
-        self.counter = _counter_of(tensor)
+        self.counter = counter_of(tensor)
         self.version: int = tensor._version
 
     def restore(self) -> torch.Tensor:
@@ -88,6 +101,9 @@ class Upstream:
         """The tensor itself, where something else keeps it."""
         tensor = self.tensor()
         if tensor is None or not _same_version(tensor, self.version) or tensor.data_ptr() != self.pointer:
+            return None
+        if self.bits is not None and not same_bits(tensor.detach(), self.bits):
+            self.written()
             return None
         return tensor.detach()
 
@@ -199,8 +215,9 @@ class Tie:
 class Links:
     """The offers between the calls of one runtime, one for each thread."""
 
-    def __init__(self, note: Callable[[str, str], None]) -> None:
-        """None yet; ``note`` takes what the report should say."""
+    def __init__(self, note: Callable[[str, str], None], written: Callable[[Block, int], None]) -> None:
+        """None yet; ``note`` takes what the report should say, ``written`` which argument the model wrote."""
+        self._written = written
         self.used = False
         self._note = note
         self._local = threading.local()
@@ -251,10 +268,12 @@ class Links:
         """The policy for a call: as chosen if its dropped input can come back, else with that input kept."""
         self.enter(call, calls)
         policy = choose(state, call.index, call.block.name)
-        return policy if policy is None or policy.linked is None else _linked(call, state.program, policy)
+        if policy is None or policy.linked is None:
+            return policy
+        return _linked(call, state.program, policy, self._written)
 
 
-def _linked(call: Call, program: Program, policy: Policy) -> Policy:
+def _linked(call: Call, program: Program, policy: Policy, written: Callable[[Block, int], None]) -> Policy:
     """The policy, and its way back to the input in ``call.link``; or that input kept."""
     assert policy.linked is not None
     tie = call.tie
@@ -266,7 +285,9 @@ def _linked(call: Call, program: Program, policy: Policy) -> Policy:
     if recipe is None or recipe.node != value.node or input_node(program, tie.argument) != policy.linked:
         return kept_input(policy)
     source = offer.source if recipe.reads_link else None
-    call.link = Upstream(call.tensors[tie.argument], value, offer.frame, offer.cells, source)
+    bits = offer.bits[tie.output] if offer.bits else None
+    seen = partial(written, call.block, tie.argument)
+    call.link = Upstream(call.tensors[tie.argument], value, offer.frame, offer.cells, source, bits, seen)
     return policy
 
 
@@ -322,13 +343,6 @@ def _is_sharded(module: torch.nn.Module) -> bool:
     if hasattr(module, "_get_fsdp_state") or hasattr(module, "_fsdp_wrapped_module"):
         return True
     return hasattr(next(module.parameters(), None), "ds_id")
-
-
-def _counter_of(tensor: torch.Tensor) -> torch.Tensor:
-    """An empty tensor with the version counter of ``tensor``: it counts on when that, and its storage, are gone."""
-    counter = tensor.detach()
-    counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return counter
 
 
 def _stream(tensors: list[torch.Tensor]) -> Any:

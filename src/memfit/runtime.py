@@ -27,6 +27,7 @@ from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
 from memfit.holders import Holders
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
+from memfit.inputs import Inputs
 from memfit.limits import Keeper
 from memfit.links import Links
 from memfit.parking import park, park_and_snapshot
@@ -71,7 +72,7 @@ class Runtime:
         self.record_seconds = 0.0
         self._turns = Turns()
         self._local = threading.local()
-        self.links = Links(self.note)
+        self.links = Links(self.note, self._written)
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
             self.add_block(name, module)
@@ -177,6 +178,8 @@ class Runtime:
             self.begin_if_new()
         if block.watched != self.generation:
             self._watch(block)
+        if block.written:
+            key.append(("written", *sorted(block.written)))
         flags = numeric_flags()
         signature = call_key(key, fields, tensors, block.module.training, block.own, flags)
         call = Call(block, len(self.calls), tensors, args, kwargs)
@@ -364,6 +367,7 @@ class Runtime:
         frame.demote = state.demoter(self, block.name)
         frame.distrust = state.distrust
         frame.link_failed = partial(self.links.failed, block)
+        frame.written = partial(self._written, block)
         if compiled.dropped and entry.calls <= VERIFIED_CALLS:
             frame.holders = Holders(state, compiled, call.handles)
         hashed = self._turns.due(state.key, self.steps)
@@ -380,7 +384,16 @@ class Runtime:
                 return
         if not call.fresh:
             block.recordings_in_a_row = 0
-        call.apply(frame, hashed=hashed)
+        young = call.fresh or entry.calls <= VERIFIED_CALLS
+        call.apply(frame, hashed=hashed, inputs=Inputs(frame.written) if young else None)
+
+    def _written(self, block: Block, argument: int) -> None:
+        block.written.add(argument)
+        self.note(
+            f"written {block.name} {argument}",
+            f"`{block.name}`: the model writes argument {argument} after the block has run, so nothing is recomputed "
+            "from it",
+        )
 
     def _checks_graph(self, entry: Entry) -> bool:
         """Always while a program is young, then now and then (walking a graph takes tens of microseconds)."""
