@@ -102,10 +102,14 @@ class Upstream:
         tensor = self.tensor()
         if tensor is None or not _same_version(tensor, self.version) or tensor.data_ptr() != self.pointer:
             return None
-        if self.bits is not None and not same_bits(tensor.detach(), self.bits):
-            self.written()
-            return None
-        return tensor.detach()
+        return None if self._is_written(tensor) else tensor.detach()
+
+    def _is_written(self, tensor: torch.Tensor) -> bool:
+        """Whether it was, past its version counter; then that is also said."""
+        if self.bits is None or same_bits(tensor.detach(), self.bits):
+            return False
+        self.written()
+        return True
 
     def _run(self, env: Environment) -> Environment:
         frame = self.frame
@@ -124,13 +128,20 @@ class Upstream:
     def check(self, block: str) -> None:
         """Refuse what plain autograd would refuse: a saved input that was written since.
 
-        What comes back is right all the same; but a plain step would have raised, and silence hides a mistake.
+        What comes back is right all the same; but a plain step would have raised, and silence hides a mistake. Where no
+        version counts the write, a plain step goes on with what it finds: that is not here.
         """
         if not _same_version(self.counter, self.version):
             raise ChangedTensorError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"the input of block `{block}` ([{self.counter.type()} {list(self.value.size)}]) is at version "
                 f"{self.counter._version}; expected version {self.version} instead. Write out of place."
+            )
+        tensor = self.tensor()
+        if tensor is not None and self._is_written(tensor):
+            raise ChangedTensorError(
+                f"The input of block `{block}` ([{self.counter.type()} {list(self.value.size)}]) was written after the "
+                "block had run, and no version counts that (`.data`). Write out of place, or step again."
             )
 
 
