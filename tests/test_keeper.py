@@ -1,33 +1,32 @@
-"""When freed memory goes back: from what was held at each moment of a step and how high it went from there."""
+"""How what a process holds is kept within a budget: by the heap's own limit, or by handing memory back in time."""
 
 from __future__ import annotations
 
-from typing import cast
+import json
+import subprocess
+import sys
+import textwrap
+from typing import Any, cast
 
 import pytest
 import torch
 
 from memfit import host, keeper
-from memfit.keeper import Keeper, Outlook, outlook
+from memfit.heap import Heap
+from memfit.keeper import Keeper
 from memfit.limits import START, Limits
 from memfit.memory import Meter
 
 AFTER, BEFORE = ("after", 1), ("before", 1)
-LIMITS = Limits(1000, {START: 100, ("after", 0): 300, AFTER: 200, BEFORE: 50})
-
-
-@pytest.fixture(autouse=True)
-def to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Levels aim at 990 of 1000 and leave 20 unused."""
-    monkeypatch.setattr(keeper, "TOLERANCE", 0)
+LIMITS = Limits(1000, {START: 100, AFTER: 200, BEFORE: 50})
 
 
 class Process:
     """A meter of a process that holds ``used`` bytes, and ``free`` more that nobody uses."""
 
-    def __init__(self, used: int, free: int, *, device: str = "cpu") -> None:
+    def __init__(self, *, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self.used, self.free, self.eager, self.highest = used, free, False, used + free
+        self.used = self.free = self.highest = 0
 
     def now(self) -> int:
         return self.used + self.free
@@ -38,12 +37,8 @@ class Process:
     def reset_peak(self) -> None:
         self.highest = self.now()
 
-    def release_some(self, size: int) -> None:
-        self.free = max(0, self.free - size)
-
-    def release_eagerly(self, *, on: bool) -> bool:
-        self.eager = on
-        return True
+    def release(self) -> None:
+        self.free = 0
 
     def hold(self, used: int, free: int) -> None:
         """Hold so much from now on."""
@@ -51,102 +46,146 @@ class Process:
         self.highest = max(self.highest, used + free)
 
 
-@pytest.fixture
-def process(monkeypatch: pytest.MonkeyPatch) -> Process:
-    made = Process(0, 0)
-    monkeypatch.setattr(host, "release_eagerly", made.release_eagerly)
-    return made
+class Limited:
+    """A heap that writes down its limit."""
+
+    size: int | None = None
+
+    def limit(self, size: int) -> None:
+        self.size = size
+
+    def lift(self) -> None:
+        self.size = None
 
 
-def test_freed_memory_serves_blocks_but_not_logits():
-    assert outlook(LIMITS).levels == {START: 1000, ("after", 0): 1000, AFTER: 990 - 200, BEFORE: 1000}
-    cautious = outlook(LIMITS, cautious=True)
-    assert cautious.levels == {moment: 990 - growth for moment, growth in LIMITS.growths.items()}
-    assert outlook(Limits()).levels == {}
-
-
-@pytest.mark.parametrize(
-    ("held", "peak", "level"),
-    [
-        (900, 990, 800),  # as it should be
-        (700, 980, 800),  # room that may stay unused
-        (700, 870, 800),  # this moment's growth of 170 fits above 800 too
-        (800, 870, 850),  # half of the 100 that are left is used the next time
-        (800, 1010, 780),  # over: by so much less the next time
-        (850, 1010, 780),
-        (1010, 1010, 800),  # held already when it began: what came before is to blame
-    ],
-)
-def test_levels_learn_from_the_peak_that_follows(held: int, peak: int, level: int):
-    seen = Outlook(1000, {AFTER: 800})
-    seen.learn(AFTER, held=held, peak=peak)
-    assert seen.levels == {AFTER: level}
-
-
-def test_no_level_is_above_the_budget():
-    seen = Outlook(1000, {AFTER: 990})
-    seen.learn(AFTER, held=995, peak=100)
-    assert seen.levels == {AFTER: 1000}
+def keep(process: Process, monkeypatch: pytest.MonkeyPatch, heap: Limited | None = None) -> Keeper:
+    monkeypatch.setattr(keeper, "heap", lambda: cast(Heap | None, heap))
+    return Keeper(cast(Meter, process))
 
 
 @pytest.mark.parametrize(
-    ("used", "free", "left", "eager"),
+    ("moment", "used", "free", "left"),
     [
-        (700, 90, 90, False),
-        (700, 100, 90, False),
-        (700, 260, 90, False),
-        (785, 60, 5, False),
-        (820, 60, 0, True),
+        (START, 800, 100, 100),
+        (START, 800, 101, 0),
+        (AFTER, 700, 100, 100),
+        (AFTER, 700, 101, 0),
+        (BEFORE, 700, 250, 250),
+        (("after", 0), 900, 500, 500),
     ],
 )
-def test_what_is_above_a_level_goes_back(process: Process, used: int, free: int, left: int, eager: bool):
-    kept = Keeper(cast(Meter, process))
-    kept.begin(Outlook(1000, {AFTER: 790}))
+def test_freed_memory_goes_back_where_the_next_event_would_not_fit(
+    moment: Any, used: int, free: int, left: int, monkeypatch: pytest.MonkeyPatch
+):
+    process = Process()
+    kept = keep(process, monkeypatch)
+    kept.begin(LIMITS)
     process.hold(used, free)
-    kept.reach(("after", 0))
-    assert process.free == free
+    if moment == START:
+        kept.begin(LIMITS)
+    else:
+        kept.reach(moment)
+    assert process.free == left
+
+
+def test_a_heap_that_takes_a_limit_needs_no_moments(monkeypatch: pytest.MonkeyPatch):
+    process, heap = Process(), Limited()
+    kept = keep(process, monkeypatch, heap)
+    kept.begin(LIMITS)
+    assert heap.size == 990
+    process.hold(900, 900)
     kept.reach(AFTER)
-    assert (process.free, process.eager) == (left, eager)
-    kept.begin(Outlook())
-    assert not process.eager
+    assert process.free == 900
+    assert not kept.minds(AFTER)
+    kept.begin(Limits())
+    assert heap.size is None
+    kept.begin(LIMITS)
+    kept.relax()
+    assert heap.size is None
 
 
-def test_a_moment_learns_when_the_next_one_comes(process: Process):
-    kept = Keeper(cast(Meter, process))
-    seen = Outlook(1000, {AFTER: 790, BEFORE: 1000})
-    kept.begin(seen)
-    process.hold(700, 50)
+def test_on_cuda_nothing_is_handed_back(monkeypatch: pytest.MonkeyPatch):
+    process, heap = Process(device="cuda:0"), Limited()
+    kept = keep(process, monkeypatch, heap)
+    process.hold(900, 900)
+    kept.begin(LIMITS)
     kept.reach(AFTER)
-    process.hold(1030, 0)
-    process.hold(800, 230)
-    assert seen.levels[AFTER] == 790
-    kept.reach(BEFORE)
-    assert seen.levels == {AFTER: 750 - 40, BEFORE: 1000}
-    assert process.free == 200
+    assert process.free == 900
+    assert heap.size is None
 
 
-def test_the_peak_of_a_step_is_the_highest_of_its_parts(process: Process):
-    kept = Keeper(cast(Meter, process))
-    kept.restart()
-    kept.begin(Outlook(1000, {AFTER: 1000}))
+def test_the_peak_of_a_step_is_the_highest_of_its_parts(monkeypatch: pytest.MonkeyPatch):
+    process = Process()
+    kept = keep(process, monkeypatch)
     process.hold(900, 0)
     process.hold(500, 0)
-    kept.reach(AFTER)
+    assert kept.observe() == 900
     process.hold(600, 0)
     assert kept.observe() == 900
     kept.restart()
     assert kept.observe() == 600
 
 
-def test_on_cuda_nothing_is_handed_back():
-    process = Process(900, 900, device="cuda:0")
-    kept = Keeper(cast(Meter, process))
-    kept.begin(Outlook(1000, {START: 500, AFTER: 500}))
-    kept.reach(AFTER)
-    assert process.free == 900
-
-
 def test_without_a_meter_nothing_is_read():
     kept = Keeper()
-    kept.begin(Outlook(1000, {START: 500}))
+    kept.begin(LIMITS)
+    kept.reach(AFTER)
     assert kept.observe() == 0
+
+
+HEAP = """
+    import json, resource, sys, threading
+    import torch
+    from memfit import host
+    from memfit.heap import heap
+
+    MIB = 2**20
+    made = heap()
+    if made is None:
+        print(json.dumps(None))
+        sys.exit()
+    found = {}
+    tensors = [torch.ones(2 * MIB) for _ in range(50)]
+    full = host.resident_bytes()
+    del tensors[::2]
+    made.limit(full)
+    large = torch.ones(30 * MIB)  # 120 MiB: more than any gap
+    found["within"], found["limited"] = host.resident_bytes() / full, made.limited
+    more = torch.ones(50 * MIB)
+    found["beyond"], found["still_limited"] = host.resident_bytes() / full, made.limited
+
+    made.limit(host.resident_bytes() + 50 * MIB)
+    held = []
+    threads = [threading.Thread(target=lambda: held.append(torch.ones(20 * MIB))) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    found["threads"] = len(held)
+
+    resource.setrlimit(resource.RLIMIT_AS, (16 * 1024 * MIB,) * 2)
+    made.limit(host.resident_bytes() + 50 * MIB)
+    try:
+        torch.empty(8 * 1024 * MIB)
+    except RuntimeError as error:
+        found["error"] = host.memory_ran_out(error)
+    made.limit(full)
+    made.lift()
+    found["lifted"] = not made.limited
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(host.find_allocator() is None, reason="no tcmalloc to load")
+def test_a_limited_heap_hands_back_what_is_free_and_then_gives_way():
+    """In a process of its own, since the allocator is chosen when a process starts."""
+    env = {"LD_PRELOAD": str(host.find_allocator()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(HEAP)]
+    found = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+    if found is None:
+        pytest.skip("this heap takes no limit")
+    assert found["within"] <= 1.02
+    assert found["limited"]
+    assert found["beyond"] > 1.1
+    assert not found["still_limited"]
+    assert found["threads"] == 8
+    assert found["error"]
+    assert found["lifted"]

@@ -82,6 +82,15 @@ def test_a_plan_that_wastes_its_budget_is_made_again_once_it_has_settled():
     assert slack.bytes == peak - 900 * FLOOR + budget // 50
 
 
+def test_of_what_a_plan_needs_less_than_predicted_half_is_believed():
+    slack, budget = Slack("cpu"), 1000 * FLOOR
+    made: Any = fitted(960 * FLOOR)
+    for _ in range(SETTLED_STEPS):
+        slack.learn(made, peak_bytes=900 * FLOOR, budget=budget)
+    assert made.stale
+    assert slack.bytes == -30 * FLOOR + budget // 50
+
+
 def test_a_plan_that_recomputes_nothing_wastes_nothing():
     slack = Slack("cpu")
     made: Any = fitted(100, recompute_seconds=0.0)

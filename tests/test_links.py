@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -292,6 +292,33 @@ def test_the_version_check_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_bitwise_equal(gradients(model, data(5)), right)
 
 
+def clear_one(x: Tensor) -> Tensor:
+    x.data[2, 5] = 0.0
+    return x
+
+
+@pytest.mark.parametrize(
+    ("steps", "errors"), [(range(12), []), (range(5, 12), [5]), (range(5, 12, 3), [5, 8]), ([4], [4])]
+)
+def test_written_past_the_version_counter(steps: Sequence[int], errors: list[int]) -> None:
+    """Where it is so from the start no link is made; later it is an error once, twice if it comes and goes."""
+    model, plain = stack(4), stack(4)
+    failed = []
+    with memfit.fit(model, policy=link_everything) as handle:
+        for i in range(12):
+            model.between = plain.between = clear_one if i in steps else None
+            expected = gradients(plain, data(i))
+            try:
+                assert_bitwise_equal(gradients(model, data(i)), expected)
+            except MemfitError:
+                failed.append(i)
+        linked = [call.policy.linked for call in handle.runtime.calls]
+        notes = [note for note in handle.summary()["notes"] if "keeps its input" in note]
+    assert failed == errors
+    assert linked == ([None, 0, 0, 0] if len(steps) == 1 else [None] * 4)
+    assert len(notes) == (len(steps) > 1)
+
+
 class WritesAfter(Stack):
     """Writes the input of the second block when that has run."""
 
@@ -567,21 +594,26 @@ def test_a_thousand_blocks_for_one_input(restored: list[str], monkeypatch: pytes
 
 
 class Live(nn.Module):
-    """Twelve blocks whose inputs are what they hold; ``keep`` returns them too, as hidden states are."""
+    """Twelve blocks whose inputs are what they hold; ``keep`` returns them too, as hidden states are.
 
-    def __init__(self, *, keep: bool = False) -> None:
+    ``write`` changes them behind the version counter on their way from block to block.
+    """
+
+    def __init__(self, *, keep: bool = False, write: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Linear(16, 128)
         self.blocks = nn.ModuleList(Narrow(128) for _ in range(12))
         self.head = nn.Linear(128, 4)
-        self.keep = keep
+        self.keep, self.write = keep, write
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self.embed(x)
         states = []
         for block in self.blocks:
             x = block(x)
+            if self.write:
+                clear_one(x)
             states += [x] if self.keep else []
         return self.head(x).square().mean(), states
 
@@ -629,6 +661,16 @@ def test_what_somebody_else_keeps_is_not_linked() -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert_bitwise_equal(ours, theirs)
     assert all(policy.linked is None for policy in plan.policies)
+
+
+def test_what_is_written_on_the_way_is_not_linked() -> None:
+    """Seen in the step that is measured, so the smallest plan does without."""
+    expected, _, _ = live_steps(None, write=True)
+    found, summary, plan = live_steps({"budget": "min"}, write=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_bitwise_equal(ours, theirs)
+    assert all(policy.linked is None for policy in plan.policies)
+    assert [note for note in summary["notes"] if "keeps its input" in note]
 
 
 def test_a_plan_made_offline_is_linked(restored: list[str]) -> None:

@@ -53,6 +53,7 @@ from memfit.entries import ProgramState
 from memfit.frames import Frame
 from memfit.hooks import PostHook, PreHook, RootHook
 from memfit.modes import Modes
+from memfit.plans import Policy
 from memfit.programs import Program
 from memfit.runtime import Runtime
 from memfit.trace import Recorder
@@ -476,6 +477,17 @@ def test_rule_04_another_sign_is_not_few_ulp(dtype: torch.dtype) -> None:
     assert bits.max_ulp(two, two * float("nan")) == float("inf")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_rule_04_an_overflow_is_not_few_ulp(dtype: torch.dtype) -> None:
+    """Behind the largest number comes infinity, and behind that the first NaN."""
+    values = (torch.finfo(dtype).max, float("inf"), float("-inf"), float("nan"))
+    largest, infinite, lowest, nan = (torch.tensor([1.0, value], dtype=torch.float64).to(dtype) for value in values)
+    for one, other in ((largest, infinite), (infinite, nan), (largest, nan), (lowest, infinite)):
+        assert bits.max_ulp(one, other) == bits.max_ulp(other, one) == float("inf")
+    for same in (largest, infinite, nan):
+        assert bits.max_ulp(same, same.clone()) == 0
+
+
 def test_rule_04_few_ulp() -> None:
     """A last bit that differs is no error: the value is kept from the next step on, and the report says so."""
 
@@ -668,12 +680,30 @@ def test_rule_07_small_buffers(traced: bool) -> None:
         train(Stack(Buffered), fit, seen, inside=broadcast)
 
     def off(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(calls, "SMALL_BUFFER_BYTES", 0)
+        patch.setattr(storages, "SMALL_BUFFER_BYTES", 0)
 
     if traced:
         matters(scenario, off, backstops=[no_canary], failure="error")
     else:
         matters(scenario, off, backstops=[no_canary])
+
+
+@pytest.mark.parametrize("number", ["saved", "input", -1, 10**6])
+def test_rule_07_only_what_loses_nothing_is_narrowed(number: str | int) -> None:
+    """A plan that narrows a value of which no smaller form is known: it would come back as a mask of itself."""
+    model = Stack()
+    with memfit.fit(model, policy="full") as handle:
+        model(data(0)).backward()
+        state = handle.runtime.calls[1].entry.state
+    program = state.program
+    which = {
+        "saved": next(s.value.node for s in program.saved if program.nodes[s.value.node].mask_scale is None),
+        "input": next(n for n, node in enumerate(program.nodes) if node.leaf is not None and node.leaf.kind == "input"),
+    }
+    policy = Policy(program=program.key, narrowed=(which.get(number, number),))
+    with pytest.raises(memfit.MemfitError, match="no smaller form"):
+        replay.compile_policy(program, policy)
+    assert state.compile(policy).saves_all
 
 
 def test_rule_08_parameters_are_objects() -> None:
@@ -819,7 +849,7 @@ def test_rule_09_modes(change: str) -> None:
     def off(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(signature, "autocast_state", lambda device: None)
         key = runtime.call_key
-        patch.setattr(runtime, "call_key", lambda arguments, tensors, training, own: key(arguments, tensors, True, own))
+        patch.setattr(runtime, "call_key", lambda *given: key(*given[:3], True, *given[4:]))
 
     backstops = [no_watch, no_late_drop, no_verified_calls, no_canary]
     matters(scenario, off, backstops=backstops, failure="error")
@@ -1005,6 +1035,54 @@ def test_rule_13_fallback_is_checked() -> None:
     box = {"writes": False, "coin": False, "scale": 1.0}
     scenario = changing(Hides, inside=True, before=box, after={"scale": 1.7})
     matters(scenario, no_canary, refusal=True)
+
+
+class HidesOne(nn.Module):
+    """Reads data, and runs again as a whole; hidden state shows in one element of what is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.act = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.2), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight if x.detach().sum() > -1e9 else x
+        if BOX["kind"] == "few elements":
+            few = torch.tensor([1.0, 0.5, 1.0 + BOX["scale"]])
+            return x + y * (y.mean(1, keepdim=True) * few).sum(1, keepdim=True).cos()
+        factor = torch.ones(x.shape)
+        factor = factor.mT.contiguous().mT if BOX["kind"] == "transposed" else factor
+        factor[3, 7] += BOX["scale"]
+        return x + (y * factor).sin()
+
+
+@pytest.mark.parametrize("kind", ["one element", "transposed", "few elements"])
+@pytest.mark.parametrize("first", [0, LATE])
+def test_rule_13_all_bits_of_the_fallback(kind: str, first: int) -> None:
+    """Samples miss one element: an error when the block's turn comes, and from then on it is left plain."""
+    torch.manual_seed(0)
+    model, plain = Stack(HidesOne), Stack(HidesOne)
+    plain.load_state_dict(model.state_dict())
+    BOX.update(kind=kind)
+    errors, right = [], []
+    with memfit.fit(model, policy="full") as handle:
+        for i in range(LATE + 6):
+            for each in (plain, model):
+                each.zero_grad()
+                BOX["scale"] = 0.0
+                loss = each(data(i))
+                BOX["scale"] = 1.0 if i >= first else 0.0
+                try:
+                    loss.backward()
+                except memfit.RecomputeError:
+                    errors.append(i)
+            ours, theirs = (copies((n, p.grad) for n, p in m.named_parameters()) for m in (model, plain))
+            right += [] if differences(ours, theirs) else [i]
+        modes = {block.mode for block in handle.runtime.blocks}
+    assert len(errors) == 3, "each block once"
+    assert errors[0] == first
+    assert errors[-1] <= first + 5
+    assert right == [i for i in range(LATE + 6) if i < first or i > errors[-1]]
+    assert modes == {"plain"}
 
 
 def test_rule_13_descends() -> None:
@@ -1673,3 +1751,26 @@ def test_rule_21_names_are_looked_up() -> None:
     with memfit.apply(model, hostile):
         for i in range(3):
             model(data(i)).backward()
+
+
+def test_rules_of_geometry_decide_where_torch_has_no_guards(monkeypatch):
+    """Without torch's own check of many tensors a changed geometry is found all the same."""
+    import memfit
+    from memfit import checks
+
+    monkeypatch.setattr(checks, "_guards", lambda tensors: checks._Never())
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(self.linear(x)).exp()
+
+    model = torch.nn.Sequential(*[Block() for _ in range(3)])
+    with memfit.fit(model, policy="full", optimizer="sgd") as handle:
+        for size in (4, 4, 4, 6, 6):
+            model(torch.rand(size, 8)).sum().backward()
+        assert not [note for note in handle.summary()["notes"] if "recorded again" in note]
+        assert all(row["mode"] == "replay" for row in handle.summary()["blocks"])

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
 _MIN_REPEATS = 2
+_SAME_PROGRAMS = 4
+"""As many recordings that differ in the fields of objects only, and say the same: fields do not count any more."""
 _RECORDED_AGAIN = 4
 """How many recordings of new arguments one counts for whose arguments were known."""
 
@@ -30,6 +32,12 @@ class Block:
         reason: Why not replay.
         parent: The descended block that it belongs to.
         own: Where its parameters and buffers lie, by `storages_of`.
+        reruns: Calls that were to run again as a whole.
+        offers: Calls whose output the next block might ask for.
+        link_failures: How often what came back through its linked input was wrong.
+        unlinked: Whether it keeps its input therefore.
+        written: Tensor arguments that the model writes after the block has run: no recipe reads them.
+        ignores_fields: Whether objects among its arguments count by their class only.
     """
 
     name: str
@@ -44,12 +52,33 @@ class Block:
     own: dict[int, int] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     recordings_in_a_row: int = 0
-    unsteady: int = 0
+    reruns: int = 0
+    offers: int = 0
+    link_failures: int = 0
+    unlinked: bool = False
+    written: set[int] = field(default_factory=set)
+    ignores_fields: bool = False
 
     def forget(self, signature: Any) -> None:
         """A call was not what its recording says: the next one is recorded again."""
         self.entries.pop(signature, None)
         self.recordings_in_a_row += _RECORDED_AGAIN - 1
+
+    def compare_fields(self, signature: tuple[Any, ...], entry: Entry) -> None:
+        """Recorded again for what an object among its arguments holds: a counter, if the program is always the same."""
+        key = entry.state.program.timeless_key
+        same = [
+            known
+            for known, other in self.entries.items()
+            if known[:-1] == signature[:-1] and known[-1] != signature[-1] and other.state.program.timeless_key == key
+        ]
+        if len(same) >= _SAME_PROGRAMS:
+            self.ignores_fields = True
+
+    def leave(self, why: str) -> None:
+        """Run again as a whole, it was not the same: from now on it keeps what it saves."""
+        if self.mode == "fallback":
+            self.mode, self.reason = "plain", f"{self.reason}; {why}"
 
 
 def find_blocks(model: torch.nn.Module, wanted: list[str] | None = None) -> list[tuple[str, torch.nn.Module]]:

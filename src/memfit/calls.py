@@ -11,12 +11,14 @@ import torch
 
 from memfit import canary
 from memfit.entries import Entry
-from memfit.fallback import ReplayOfModule
+from memfit.fallback import WRITTEN, ReplayOfModule
 from memfit.frames import Cell, Frame, Handle, Kept, unpack
+from memfit.inputs import Inputs, copied
 from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
+from memfit.programs import Leaf
 from memfit.replay import CompiledPolicy, generator_of
-from memfit.storages import covers
+from memfit.storages import PLAIN_TYPES, is_small
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
@@ -26,10 +28,6 @@ if TYPE_CHECKING:
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
 _top = torch._C._autograd._top_saved_tensors_default_hooks
-
-
-SMALL_BUFFER_BYTES = 16 * 2**10
-"""Buffers up to this size are copied into the frame: distributed training broadcasts them, and no version tells."""
 
 
 class Call:
@@ -154,6 +152,16 @@ class Call:
                 starts[storage] = pointer - offset
         return state.checks.differs(self.handles, starts)
 
+    def leaves(self) -> list[tuple[Leaf, torch.Tensor]]:
+        """What the block is given and recipes may read: tensor arguments, parameters and buffers."""
+        written = self.block.written
+        found = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(self.tensors) if i not in written]
+        for (owner, name), (kind, dictionary) in self.block.slots.items():
+            value = dictionary.get(name)
+            if value is not None:
+                found.append((Leaf(kind, -1, owner, name), value))
+        return found
+
     def leaf(self, number: int) -> torch.Tensor | None:
         """The tensor that is leaf ``number`` in this call."""
         assert self.entry is not None
@@ -204,19 +212,24 @@ class Call:
                 tensor = self.leaf(number)
                 if tensor is not None:
                     leaf = compiled.program.nodes[number].leaf
-                    if leaf is not None and leaf.kind == "buffer" and _is_small(tensor):
+                    if leaf is not None and leaf.kind == "buffer" and is_small(tensor):
                         tensor = tensor.detach().clone()
                     frame.parameters[number] = (tensor, tensor.data_ptr(), tensor._version)
         return frame
 
-    def cells(self) -> dict[int, tuple[torch.Tensor, int]]:
-        """Leaves of recipes: inputs as detached aliases, and kept values."""
+    def cells(self, inputs: Inputs | None = None) -> dict[int, tuple[torch.Tensor, int]]:
+        """Leaves of recipes: inputs as detached aliases (copies in a recorded call), and kept values."""
         compiled = self.compiled
         assert compiled is not None
         cells: dict[int, tuple[torch.Tensor, int]] = {}
         for number, index in compiled.inputs.items():
-            tensor = self.tensors[index].detach()
-            cells[number] = (tensor, self.versions[index])
+            given, version = self.tensors[index], self.versions[index]
+            is_saved = any(s.value.node == number for s in compiled.program.saved)
+            copy = copied(given) if self.fresh and not is_saved else None
+            cell = cells[number] = (given.detach(), version) if copy is None else (copy, copy._version)
+            if inputs is not None:
+                held = copy is None
+                inputs.add(index, cell[0] if held else given, version, saved=is_saved, held=held)
         for number, index in compiled.kept.items():
             saved = self.handles[index].tensor
             assert saved is not None
@@ -238,15 +251,16 @@ class Call:
         self.policy = self.compiled.policy
         self.program_key = self.compiled.program.key
 
-    def apply(self, frame: Frame, *, hashed: bool) -> None:
-        """Drop what the policy drops (the late drop of rule 1)."""
+    def apply(self, frame: Frame, *, hashed: bool, inputs: Inputs | None = None) -> None:
+        """Drop what the policy drops (the late drop of rule 1); the arguments that recipes read go to ``inputs``."""
         self.save_all()
         compiled, handles = self.compiled, self.handles
         assert compiled is not None
         self.kept_frame = frame
-        cells = self.cells() if compiled.dropped or compiled.returned is not None else {}
+        cells = self.cells(inputs) if compiled.dropped or compiled.returned is not None else {}
+        frame.inputs = inputs
         dropped: dict[int, torch.Tensor] = {i: handles[i].tensor for i in compiled.dropped}  # type: ignore[misc]  # parked
-        turn = self.index * 7919 + (self.entry.calls if self.entry is not None else 0) * 104729
+        turn = self._turn(self.entry.calls if self.entry is not None else 0)
         frame.samples = canary.Samples(compiled.probes, dropped, turn)
         if hashed:
             frame.hashes = {i: canary.all_bits(tensor) for i, tensor in dropped.items()}
@@ -282,15 +296,18 @@ class Call:
         if compiled.returned is not None:
             self.upstream = tuple([(n, *cells[n]) for n in compiled.returned.leaves])
 
-    def fall_back(self) -> None:
+    def fall_back(self, *, hashed: bool) -> None:
         """Drop everything; the module's forward runs again in the backward (rule 13)."""
         aliases: dict[int, torch.Tensor] = {}
+        saved = {h.tensor.data_ptr() for h in self.handles if h.tensor is not None}
+        first = self.block.reruns == 0
 
         def detached(structure: Any) -> Any:
             if isinstance(structure, torch.Tensor):
                 alias = aliases.get(id(structure))
                 if alias is None:
-                    alias = structure.detach().requires_grad_(structure.requires_grad)
+                    copy = copied(structure) if first and structure.data_ptr() not in saved else None
+                    alias = (structure.detach() if copy is None else copy).requires_grad_(structure.requires_grad)
                     aliases[id(structure)] = alias
                 return alias
             if type(structure) in (tuple, list):
@@ -300,6 +317,8 @@ class Call:
             return structure
 
         frame = ReplayOfModule(self.block.name, self.block.module, detached(self.args), detached(self.kwargs))
+        leave = frame.distrust = self.block.leave
+        frame.inputs = Inputs(lambda _: leave(WRITTEN))
         frame.states = dict(self.rng or {})
         device = self.tensors[0].device.type if self.tensors else "cpu"
         if torch.is_autocast_enabled(device):
@@ -309,22 +328,36 @@ class Call:
         parameters = list(self.block.module.parameters())
         pointers = {p.data_ptr() for p in parameters} | {t.data_ptr() for t in self.tensors}
         for given, version in zip(self.tensors, self.versions, strict=True):
-            frame.versions.append((aliases.get(id(given), given), version, given.data_ptr()))
+            alias, is_saved = aliases.get(id(given), given), given.data_ptr() in saved
+            if alias.data_ptr() != given.data_ptr():
+                frame.inputs.add(0, given, version, saved=is_saved, held=False)
+                version = alias._version
+            frame.versions.append((alias, version, alias.data_ptr(), is_saved))
         for parameter in parameters:
-            frame.versions.append((parameter, parameter._version, parameter.data_ptr()))
+            pointer = parameter.data_ptr()
+            frame.versions.append((parameter, parameter._version, pointer, pointer in saved))
+        dropped: dict[int, torch.Tensor] = {}
         for handle in self.handles:
             tensor = handle.tensor
             assert tensor is not None
             frame.metas.append(canary.meta(tensor))
-            if tensor.data_ptr() in pointers or not tensor.numel() or tensor._version != handle.version:
+            if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or not tensor.numel():
                 continue
-            step = max(0, tensor.numel() // canary.NUM_SAMPLES)
-            if tensor.is_contiguous():
-                frame.samples[handle.index] = (canary.take(tensor, step, 0).clone(), step, 0)
+            if tensor.data_ptr() in pointers or tensor._version != handle.version:
+                continue
+            dropped[handle.index] = tensor
             handle.frame = frame
             handle.tensor = None
+        frame.samples = canary.Samples(canary.probes_of(dropped), dropped, self._turn(self.block.reruns))
+        if hashed:
+            frame.hashes = {i: canary.all_bits(tensor) for i, tensor in dropped.items()}
+        self.block.reruns += 1
         self.kept_frame = frame
         self.mode = "fallback"
+
+    def _turn(self, calls: int) -> int:
+        """Where samples are taken: elsewhere in every call."""
+        return self.index * 7919 + calls * 104729
 
     def watch_backward(self, entered: Callable[[], None]) -> None:
         """Call ``entered`` when the backward first asks for a saved tensor of this call."""
@@ -349,8 +382,3 @@ class Call:
         self.link = self.upstream = None
         if self.tie is not None:
             self.tie.offer = None
-
-
-def _is_small(buffer: torch.Tensor) -> bool:
-    """Whether a buffer is copied into the frame: small, and a copy has its geometry."""
-    return buffer.nbytes <= SMALL_BUFFER_BYTES and buffer.is_contiguous() and covers(buffer)

@@ -95,6 +95,12 @@ class Probes:
                 self.device[index] = DeviceProbe(value)
 
 
+def probes_of(tensors: dict[int, torch.Tensor]) -> Probes:
+    """Probes of tensors that no recording describes."""
+    values = {i: Value(-1, tuple(t.shape), t.stride(), 0, t.dtype) for i, t in tensors.items()}
+    return Probes((i, value, tensors[i].device) for i, value in values.items())
+
+
 class Samples:
     """What the saved tensors of one call looked like where the canary looks."""
 
@@ -204,4 +210,5 @@ class Turns:
 
 def meta(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What a recomputed tensor must share with the saved one."""
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    return tuple(tensor.shape), strides, tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()

@@ -90,7 +90,7 @@ class RecomputeError(MemfitError):
     def __str__(self) -> str:
         detail = f" {self.detail}" if self.detail else ""
         return (
-            f"In `{self.block}`, saved tensor {self.value} was recomputed to another value by {self.recipe}.{detail} "
+            f"In `{self.block}`, {self.value} was recomputed to another value by {self.recipe}.{detail} "
             "Something that the recording read has changed since the forward pass: undo that change before "
             "`backward()`, or leave the block out with `blocks=`."
         )

@@ -188,7 +188,7 @@ class Exhaustion:
         elif self._request.policy not in (None, "full") or self._request.every_n_layers > 1:
             advice.append('This step keeps what was asked for: `budget="min"` keeps less.')
         elif self._first_step:
-            advice.append("The first step runs the smallest plan already: another `budget` changes nothing in it.")
+            advice.append("The first step recomputes all it can already: another `budget` changes nothing in it.")
         elif self._budget == "min":
             advice.append("The plan is the smallest already.")
         else:

@@ -12,10 +12,12 @@ import torch
 from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.frames import Handle, kept, passes
+from memfit.inputs import Inputs
 from memfit.replay import generator_of
-from memfit.signature import SCALARS, numeric_flags, set_numeric_flags
+from memfit.signature import SCALARS, numeric_flags, plain_attributes, set_numeric_flags
+from memfit.storages import is_small
 
-_SMALL_BUFFER_BYTES = 16 * 2**10
+WRITTEN = "something that it reads is written after it has run"
 
 _Settings = list[tuple[dict[str, Any], dict[str, Any]]]
 """Dictionaries of a module, and what was in them."""
@@ -33,7 +35,10 @@ class ReplayOfModule:
         "args",
         "autocast",
         "block",
+        "distrust",
         "flags",
+        "hashes",
+        "inputs",
         "kwargs",
         "listener",
         "lock",
@@ -56,11 +61,14 @@ class ReplayOfModule:
         self.kwargs = kwargs
         self.lock = threading.RLock()
         self.metas: list[tuple[Any, ...]] = []
-        self.samples: dict[int, tuple[torch.Tensor, int, int]] = {}
+        self.samples: canary.Samples | None = None
+        self.hashes: dict[int, torch.Tensor] = {}
+        self.distrust: Callable[[str], None] | None = None
         self.states: dict[torch.device, torch.Tensor] = {}
         self.autocast: tuple[str, Any, bool] | None = None
         self.values: dict[int, torch.Tensor] = {}
-        self.versions: list[tuple[torch.Tensor, int, int]] = []
+        self.versions: list[tuple[torch.Tensor, int, int, bool]] = []  # the last one: whether autograd keeps it too
+        self.inputs: Inputs | None = None
         self.task = -2
         self.touched = False
         self.listener: Callable[[], None] | None = None
@@ -71,13 +79,16 @@ class ReplayOfModule:
             for name, buffer in child._buffers.items():
                 if buffer is None:
                     continue
-                if buffer.nbytes <= _SMALL_BUFFER_BYTES and buffer.is_contiguous():
+                if is_small(buffer):
                     buffers[name] = buffer.detach().clone()  # distributed training writes it, and no version tells
                 else:
-                    self.versions.append((buffer, buffer._version, buffer.data_ptr()))
+                    self.versions.append((buffer, buffer._version, buffer.data_ptr(), False))
             plain = {name: value for name, value in child.__dict__.items() if isinstance(value, SCALARS)}
             self.settings += [(child._parameters, dict(child._parameters)), (child._buffers, buffers)]
             self.settings.append((child.__dict__, plain))
+        for argument in (*args, *kwargs.values()):
+            if plain := plain_attributes(argument):
+                self.settings.append((argument.__dict__, plain))
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle."""
@@ -86,6 +97,8 @@ class ReplayOfModule:
                 self.touched = True
                 if self.listener is not None:
                     self.listener()
+                if self.inputs is not None:
+                    self.inputs.look()
             if handle.tensor is not None:
                 return kept(handle)
             task = torch._C._current_graph_task_id()
@@ -97,16 +110,18 @@ class ReplayOfModule:
             value = self.values.pop(handle.index)
             if task == -1:
                 self.values.clear()
-            sample = self.samples.get(handle.index)
-            if sample is not None and not canary.same(value, *sample):
-                raise RecomputeError(
-                    self.block,
-                    f"saved tensor {handle.index} {list(value.shape)}",
-                    "the whole block, run again",
-                    "The block computed something else the second time: it depends on more than its arguments, "
-                    "parameters and torch's generators. Exclude it with `blocks=`.",
-                )
+            self._check(handle.index, value)
             return value
+
+    def _check(self, index: int, value: torch.Tensor) -> None:
+        """The canary of rule 4."""
+        ulp = self.samples.differs(index, value) if self.samples is not None else None
+        if ulp is not None and ulp <= canary.FEW_ULP:
+            self._doubt(f"run again, a value differed by {ulp:.3g} ulp")
+            return
+        expected = self.hashes.get(index)
+        if ulp is not None or (expected is not None and not canary.same_bits(value, expected)):
+            raise self._mismatch("it computed something else", f"saved tensor {index} {list(value.shape)}")
 
     def end(self) -> None:
         """The backward pass is over."""
@@ -116,8 +131,10 @@ class ReplayOfModule:
             self.touched = False
 
     def _run(self) -> None:
-        for tensor, version, pointer in self.versions:
+        for tensor, version, pointer, is_saved in self.versions:
             if tensor._version != version or tensor.data_ptr() != pointer:
+                if not is_saved:
+                    self._doubt(WRITTEN)
                 raise ChangedTensorError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"an input, parameter or buffer of block `{self.block}` changed between forward and backward, and "
@@ -160,9 +177,18 @@ class ReplayOfModule:
             raise self._mismatch(f"{len(found)} saved tensors, were {wanted}")
         self.values = dict(enumerate(found))
 
-    def _mismatch(self, detail: str) -> RecomputeError:
+    def _doubt(self, why: str) -> None:
+        if self.distrust is not None:
+            self.distrust(why)
+
+    def _mismatch(self, detail: str, which: str = "what it saved") -> RecomputeError:
+        self._doubt("run again, it computed something else")
         return RecomputeError(
-            self.block, "all saved tensors", "the whole block, run again", f"The second run differs: {detail}."
+            self.block,
+            which,
+            "the whole block, run again",
+            f"The second run differs: {detail}; the block depends on more than its arguments, parameters and torch's "
+            "generators. Drop this step's gradients and step again: from now on it keeps what it saves.",
         )
 
 

@@ -47,7 +47,6 @@ class Fitted:
         "stale",
         "state_reserved",
         "steps",
-        "times_over",
     )
 
     def __init__(
@@ -85,5 +84,4 @@ class Fitted:
         self.stale = False
         self.peak = 0
         self.steps = 0
-        self.times_over = 0
         self.state_reserved = state_reserved

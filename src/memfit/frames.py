@@ -22,6 +22,7 @@ from memfit.signature import numeric_flags, set_numeric_flags
 if TYPE_CHECKING:
     from memfit.fallback import ReplayOfModule
     from memfit.holders import Holders
+    from memfit.inputs import Inputs
     from memfit.links import Upstream
 
 Cell = tuple[int, torch.Tensor, int]
@@ -105,6 +106,8 @@ class Frame:
         "flags",
         "hashes",
         "holders",
+        "inputs",
+        "link_failed",
         "listener",
         "lock",
         "parameters",
@@ -114,6 +117,7 @@ class Frame:
         "states",
         "task",
         "touched",
+        "written",
     )
 
     def __init__(self, block: str, compiled: CompiledPolicy) -> None:
@@ -134,6 +138,9 @@ class Frame:
         self.listener: Callable[[], None] | None = None
         self.demote: Callable[[int, float], None] | None = None
         self.distrust: Callable[[], None] | None = None
+        self.link_failed: Callable[[], None] | None = None
+        self.inputs: Inputs | None = None
+        self.written: Callable[[int], None] | None = None
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle: as kept, widened, or brought back by its recipe."""
@@ -151,6 +158,8 @@ class Frame:
                 if self.holders is not None:
                     self.holders.look()
                     self.holders = None
+                if self.inputs is not None:
+                    self.inputs.look()
             if handle.tensor is not None:
                 return self._kept(handle)
             task = torch._C._current_graph_task_id()
@@ -163,7 +172,7 @@ class Frame:
                 value = self._restore(restorer, handle)
             if task == -1:
                 self.restorer = None  # not in a backward pass: somebody looks at a graph; keep nothing
-            self._check(handle.index, value)
+            self._check(handle, value)
             return value
 
     def _restore(self, restorer: Restorer, handle: Handle) -> torch.Tensor:
@@ -205,12 +214,14 @@ class Frame:
 
     def _checked(self, node: int, tensor: torch.Tensor, version: int) -> torch.Tensor:
         if tensor._version != version:
-            where = "an input" if self.compiled.program.nodes[node].leaf is not None else "a saved value"
+            leaf = self.compiled.program.nodes[node].leaf
+            if leaf is not None and self.written is not None and all(v.node != node for v in self.compiled.values):
+                self.written(leaf.index)  # plain autograd keeps no such input: from now on, nor do we need it
+            where = "an input" if leaf is not None else "a saved value"
             raise ChangedTensorError(
                 f"one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{where} of block `{self.block}` that a recipe reads ([{tensor.type()} {list(tensor.shape)}]) is at "
-                f"version {tensor._version}; expected version {version} instead. Write out of place, or keep it: "
-                f"`fit(..., blocks=...)` without this block."
+                f"version {tensor._version}; expected version {version} instead. Write out of place, or step again."
             )
         narrow = self.compiled.narrowed.get(node)
         if narrow is not None:
@@ -244,27 +255,33 @@ class Frame:
                 )
             leaves.append((node, tensor))
 
-    def _check(self, index: int, value: torch.Tensor) -> None:
+    def _check(self, handle: Handle, value: torch.Tensor) -> None:
         """The canary of rule 4."""
         if self.samples is not None:
-            ulp = self.samples.differs(index, value)
+            ulp = self.samples.differs(handle.index, value)
             if ulp is not None:
-                self._differs(index, ulp)
+                self._differs(handle, ulp)
                 return
         if self.hashes is not None:
-            expected = self.hashes.get(index)
+            expected = self.hashes.get(handle.index)
             if expected is not None and not canary.same_bits(value, expected):
-                self._differs(index, float("nan"))
+                self._differs(handle, float("nan"))
 
-    def _differs(self, index: int, ulp: float) -> None:
+    def _differs(self, handle: Handle, ulp: float) -> None:
+        index = handle.index
         program = self.compiled.program
         value = program.saved[index].value
         recipe = " -> ".join(str(program.ops[i].func).removeprefix("aten.") for i in self.compiled.closures[index])
         if ulp <= canary.FEW_ULP and self.demote is not None:
             self.demote(value.node, ulp)
             return
-        if self.distrust is not None:
-            self.distrust()
+        involved = [self, *linked_frames(handle.link)]
+        for frame in involved:
+            if frame.distrust is not None:
+                frame.distrust()
+        for frame in involved[:-1]:  # the last one did not read its input through a link
+            if frame.link_failed is not None:
+                frame.link_failed()
         raise RecomputeError(
             self.block,
             f"saved tensor {index} {list(value.size)}",
@@ -273,6 +290,15 @@ class Frame:
             "and attributes changed what it computes. Drop this step's gradients and step again: the block is recorded "
             "anew. If that comes back, exclude the block with `blocks=`, or make the change an argument or attribute.",
         )
+
+
+def linked_frames(link: Upstream | None) -> list[Frame]:
+    """Of the calls that brought a linked input back, from the last to the first."""
+    found: list[Frame] = []
+    while link is not None:
+        found.append(link.frame)
+        link = link.source
+    return found
 
 
 class _Passes:

@@ -16,11 +16,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memfit.canary import all_bits, same_bits
 from memfit.errors import ChangedTensorError
+from memfit.inputs import counter_of
 from memfit.plans import Policy
 from memfit.profiles import Link
 from memfit.programs import Program, Value
@@ -29,11 +32,14 @@ from memfit.signature import numeric_flags, output_tensors, set_numeric_flags
 from memfit.solver.links import kept_input
 
 if TYPE_CHECKING:
+    from memfit.blocks import Block
     from memfit.calls import Call
     from memfit.entries import ProgramState
     from memfit.frames import Cell, Frame
 
 Choose = Callable[["ProgramState", int, str], Policy | None]
+CHECKED_OFFERS = 3
+"""After a recording, and so often at first, all bits of what a block returned are compared when the next one begins."""
 _GIVEN = -1
 """Where an environment holds what one call hands to the next."""
 
@@ -41,10 +47,17 @@ _GIVEN = -1
 class Upstream:
     """Brings back what a call returned. Held by the handles of the call that it entered, and by nothing else."""
 
-    __slots__ = ("cells", "counter", "frame", "pointer", "source", "tensor", "value", "version")
+    __slots__ = ("bits", "cells", "counter", "frame", "pointer", "source", "tensor", "value", "version", "written")
 
     def __init__(
-        self, tensor: torch.Tensor, value: Value, frame: Frame, cells: tuple[Cell, ...], source: Upstream | None
+        self,
+        tensor: torch.Tensor,
+        value: Value,
+        frame: Frame,
+        cells: tuple[Cell, ...],
+        source: Upstream | None,
+        bits: torch.Tensor | None,
+        written: Callable[[], None],
     ) -> None:
         """An output of a call.
 
@@ -54,14 +67,18 @@ class Upstream:
             frame: Of the call that returned it.
             cells: What the recipe of the output reads.
             source: Brings back that call's own input, if the recipe reads it and the call dropped it.
+            bits: All bits of it, if they are to be compared where it is taken as it is.
+            written: Called where they differ.
         """
+        self.bits = bits
+        self.written = written
         self.frame = frame
         self.cells = cells
         self.source = source
         self.value = value
         self.tensor = weakref.ref(tensor)
         self.pointer = tensor.data_ptr()
-        self.counter = _counter_of(tensor)
+        self.counter = counter_of(tensor)
         self.version: int = tensor._version
 
     def restore(self) -> torch.Tensor:
@@ -85,7 +102,14 @@ class Upstream:
         tensor = self.tensor()
         if tensor is None or not _same_version(tensor, self.version) or tensor.data_ptr() != self.pointer:
             return None
-        return tensor.detach()
+        return None if self._is_written(tensor) else tensor.detach()
+
+    def _is_written(self, tensor: torch.Tensor) -> bool:
+        """Whether it was, past its version counter; then that is also said."""
+        if self.bits is None or same_bits(tensor.detach(), self.bits):
+            return False
+        self.written()
+        return True
 
     def _run(self, env: Environment) -> Environment:
         frame = self.frame
@@ -104,13 +128,20 @@ class Upstream:
     def check(self, block: str) -> None:
         """Refuse what plain autograd would refuse: a saved input that was written since.
 
-        What comes back is right all the same; but a plain step would have raised, and silence hides a mistake.
+        What comes back is right all the same; but a plain step would have raised, and silence hides a mistake. Where no
+        version counts the write, a plain step goes on with what it finds: that is not here.
         """
         if not _same_version(self.counter, self.version):
             raise ChangedTensorError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"the input of block `{block}` ([{self.counter.type()} {list(self.value.size)}]) is at version "
                 f"{self.counter._version}; expected version {self.version} instead. Write out of place."
+            )
+        tensor = self.tensor()
+        if tensor is not None and self._is_written(tensor):
+            raise ChangedTensorError(
+                f"The input of block `{block}` ([{self.counter.type()} {list(self.value.size)}]) was written after the "
+                "block had run, and no version counts that (`.data`). Write out of place, or step again."
             )
 
 
@@ -131,10 +162,10 @@ def run_output(frame: Frame, env: Environment, value: Value) -> torch.Tensor:
 class Offer:
     """What one call returned, until the next begins. Holds what recipes read no longer than an output lives."""
 
-    __slots__ = ("__weakref__", "calls", "cells", "frame", "index", "outputs", "program", "source", "stream")
+    __slots__ = ("__weakref__", "bits", "calls", "cells", "frame", "index", "outputs", "program", "source", "stream")
 
-    def __init__(self, call: Call, outputs: list[torch.Tensor], calls: list[Call]) -> None:
-        """What ``call`` returned, as one of ``calls``, those of the step."""
+    def __init__(self, call: Call, outputs: list[torch.Tensor], calls: list[Call], *, checked: bool) -> None:
+        """What ``call`` returned, as one of ``calls``, those of the step; all bits of it if it is to be ``checked``."""
         assert call.compiled is not None
         self.calls = calls
         self.index = call.index
@@ -151,6 +182,7 @@ class Offer:
                 offer.frame = offer.cells = offer.source = None
 
         self.outputs = [(weakref.ref(tensor, withdraw), tensor._version) for tensor in outputs]
+        self.bits = [all_bits(tensor.detach()) for tensor in outputs] if checked else []
 
     def enters(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
         """Which argument is which output, unchanged; the largest, if several are."""
@@ -165,6 +197,10 @@ class Offer:
         if found is not None and self.stream is not None and _stream([tensors[found[0]]]) != self.stream:
             return None
         return found
+
+    def is_written(self, output: int, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor``, of the version that was returned, holds something else (``h.data += 1``)."""
+        return bool(self.bits) and not same_bits(tensor.detach(), self.bits[output])
 
 
 class Tie:
@@ -190,9 +226,11 @@ class Tie:
 class Links:
     """The offers between the calls of one runtime, one for each thread."""
 
-    def __init__(self) -> None:
-        """None yet."""
+    def __init__(self, note: Callable[[str, str], None], written: Callable[[Block, int], None]) -> None:
+        """None yet; ``note`` takes what the report should say, ``written`` which argument the model wrote."""
+        self._written = written
         self.used = False
+        self._note = note
         self._local = threading.local()
 
     def leave(self, call: Call, output: Any, calls: list[Call], *, watched: bool) -> None:
@@ -204,27 +242,49 @@ class Links:
             call.tie.holders = _holders(call)
         if not _is_sharded(call.block.module):
             self.used = True
-            self._local.offer = Offer(call, output_tensors(output), calls)
+            call.block.offers += 1
+            checked = call.fresh or call.block.offers <= CHECKED_OFFERS
+            self._local.offer = Offer(call, output_tensors(output), calls, checked=checked)
 
     def enter(self, call: Call, calls: list[Call]) -> None:
         """A call begins: is one of its arguments what the call before it returned?"""
         if not self.used:
             return
         offer, self._local.offer = getattr(self._local, "offer", None), None
-        if offer is None or offer.calls is not calls or offer.index != call.index - 1:
+        if offer is None or offer.calls is not calls or offer.index != call.index - 1 or call.block.unlinked:
             return
         found = offer.enters(call.tensors)
-        if found is not None:
+        if found is None:
+            return
+        if offer.is_written(found[1], call.tensors[found[0]]):
+            self._unlink(call.block)
+        else:
             call.tie = Tie(found[0], found[1], offer)
+
+    def failed(self, block: Block) -> None:
+        """What came back through the input of ``block`` was wrong: the second time, it is kept from then on."""
+        block.link_failures += 1
+        if block.link_failures > 1:
+            self._unlink(block)
+
+    def _unlink(self, block: Block) -> None:
+        block.unlinked = True
+        self._note(
+            "unlinked",
+            f"`{block.name}` keeps its input, as does every block for which this holds: what the one before returned "
+            "is written on the way, and no version counts that (`.data`)",
+        )
 
     def accept(self, call: Call, state: ProgramState, choose: Choose, calls: list[Call]) -> Policy | None:
         """The policy for a call: as chosen if its dropped input can come back, else with that input kept."""
         self.enter(call, calls)
         policy = choose(state, call.index, call.block.name)
-        return policy if policy is None or policy.linked is None else _linked(call, state.program, policy)
+        if policy is None or policy.linked is None:
+            return policy
+        return _linked(call, state.program, policy, self._written)
 
 
-def _linked(call: Call, program: Program, policy: Policy) -> Policy:
+def _linked(call: Call, program: Program, policy: Policy, written: Callable[[Block, int], None]) -> Policy:
     """The policy, and its way back to the input in ``call.link``; or that input kept."""
     assert policy.linked is not None
     tie = call.tie
@@ -236,7 +296,9 @@ def _linked(call: Call, program: Program, policy: Policy) -> Policy:
     if recipe is None or recipe.node != value.node or input_node(program, tie.argument) != policy.linked:
         return kept_input(policy)
     source = offer.source if recipe.reads_link else None
-    call.link = Upstream(call.tensors[tie.argument], value, offer.frame, offer.cells, source)
+    bits = offer.bits[tie.output] if offer.bits else None
+    seen = partial(written, call.block, tie.argument)
+    call.link = Upstream(call.tensors[tie.argument], value, offer.frame, offer.cells, source, bits, seen)
     return policy
 
 
@@ -292,13 +354,6 @@ def _is_sharded(module: torch.nn.Module) -> bool:
     if hasattr(module, "_get_fsdp_state") or hasattr(module, "_fsdp_wrapped_module"):
         return True
     return hasattr(next(module.parameters(), None), "ds_id")
-
-
-def _counter_of(tensor: torch.Tensor) -> torch.Tensor:
-    """An empty tensor with the version counter of ``tensor``: it counts on when that, and its storage, are gone."""
-    counter = tensor.detach()
-    counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return counter
 
 
 def _stream(tensors: list[torch.Tensor]) -> Any:

@@ -17,6 +17,7 @@ import torch
 
 from memfit import canary, ops
 from memfit.closures import OutputRecipe, closure, droppable, output_recipe
+from memfit.narrowing import form_of
 from memfit.plans import Policy
 from memfit.programs import Program, ProgramOp, Ref, Value, refs
 
@@ -87,8 +88,9 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
     """Turn a policy into closures and steps.
 
     Raises:
-        MemfitError: The policy drops a value that nothing can bring back.
+        MemfitError: The policy drops a value that nothing can bring back, or narrows one that has no smaller form.
     """
+    narrowed = {n: form_of(program, n) for n in policy.narrowed}
     kept_nodes = set(policy.kept) | set(policy.narrowed)
     first_saved: dict[int, int] = {}
     for index, saved in enumerate(program.saved):
@@ -156,10 +158,6 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
     if returned is not None:
         all_ops.update(returned.closure)
     dropped = [i for i, action in enumerate(actions) if action == RECOMPUTE]
-    narrowed: dict[int, tuple[torch.dtype | None, float]] = {}
-    for n in policy.narrowed:
-        node = program.nodes[n]
-        narrowed[n] = (None, float(node.mask_scale)) if node.mask_scale is not None else (node.narrow_dtype, 1.0)
     return CompiledPolicy(
         policy=policy,
         program=program,

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
 from memfit.holders import Holders
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
+from memfit.inputs import Inputs
 from memfit.keeper import Keeper
 from memfit.links import Links
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
-from memfit.programs import Leaf, Program
+from memfit.programs import Program
 from memfit.signature import Watch, call_key, flatten, numeric_flags, output_tensors, parameter_slots, storages_of
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
@@ -68,10 +70,9 @@ class Runtime:
         self.notes: dict[str, str] = {}
         self.recorded = 0
         self.record_seconds = 0.0
-        self.mismatches = 0
         self._turns = Turns()
         self._local = threading.local()
-        self.links = Links()
+        self.links = Links(self.note, self._written)
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
             self.add_block(name, module)
@@ -164,8 +165,8 @@ class Runtime:
             self.pop_stale()
         tensors: list[torch.Tensor] = []
         key: list[Any] = []
-        flatten(args, tensors, key)
-        flatten(kwargs, tensors, key)
+        fields: list[Any] = []
+        flatten((args, kwargs), tensors, key, None if block.ignores_fields else fields)
         why = why_aside(block.module, module, tensors)
         if why:
             self.note(f"aside {why}", f"stepped aside: {why}")
@@ -177,8 +178,10 @@ class Runtime:
             self.begin_if_new()
         if block.watched != self.generation:
             self._watch(block)
+        if block.written:
+            key.append(("written", *sorted(block.written)))
         flags = numeric_flags()
-        signature = call_key(key, tensors, block.module.training, block.own, flags)
+        signature = call_key(key, fields, tensors, block.module.training, block.own, flags)
         call = Call(block, len(self.calls), tensors, args, kwargs)
         call.flags = flags
         call.owner = sys._getframe(2)
@@ -215,7 +218,7 @@ class Runtime:
         if call.recorder is not None:
             self._finish_recording(call, output)
         elif block.mode == "fallback":
-            call.fall_back()
+            self._fall_back(call)
         else:
             self._finish(call, output)
         self.links.leave(call, output, self.calls, watched=self.listener is not None)
@@ -267,17 +270,8 @@ class Runtime:
     # Recording
 
     def _start_recording(self, call: Call) -> None:
-        block = call.block
-        leaves: list[tuple[Leaf, torch.Tensor]] = []
-        for i, tensor in enumerate(call.tensors):
-            leaves.append((Leaf("input", i, "", ""), tensor))
-        for (owner, name), (kind, dictionary) in block.slots.items():
-            value = dictionary.get(name)
-            if value is not None:
-                leaves.append((Leaf(kind, -1, owner, name), value))
         call.versions = [t._version for t in call.tensors]
-        recorder = Recorder(leaves, owner=call.owner)
-        call.recorder = recorder
+        call.recorder = Recorder(call.leaves(), owner=call.owner)
         call.started = time.perf_counter()
         call.open(park(call), random=True)
 
@@ -296,14 +290,8 @@ class Runtime:
         self.recorded += 1
         self.record_seconds += time.perf_counter() - call.started
         block.recordings_in_a_row += 1
-        why = ""
-        if program.foreign:
-            why = f"tensors of type {program.foreign}"
-        elif program.python_random:
-            why = "draws Python randomness"
-        elif program.data_dependent:
-            why = f"depends on data: {program.data_dependent}"
-        elif block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
+        why = program.not_replayable
+        if not why and block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
             why = UNSTEADY
         if why:
             self._not_replayable(call, program, why)
@@ -311,6 +299,7 @@ class Runtime:
         state = self.states.setdefault(program.key, ProgramState(program))
         state.add_time(program)
         entry = Entry(state)
+        block.compare_fields(call.signature, entry)
         previous = block.entries.get(call.signature)
         entry.recordings = previous.recordings + 1 if previous is not None else 1
         entry.record_after = 2 ** min(entry.recordings, 10) if program.unproven else 0
@@ -341,9 +330,13 @@ class Runtime:
             reason = program.writes or ("draws Python randomness" if program.python_random else why)
             block.mode, block.reason = "plain", f"{why}; {reason}" if reason != why else why
         if safe:
-            call.fall_back()
+            self._fall_back(call)
         else:
             call.keep_all()
+
+    def _fall_back(self, call: Call) -> None:
+        due = self._turns.due(type(call.block.module).__qualname__, self.steps)
+        call.fall_back(hashed=due or call.block.reruns < VERIFIED_CALLS)
 
     # Replaying
 
@@ -359,8 +352,6 @@ class Runtime:
                 if graph.fingerprint(outputs, call.tensors) != state.program.graph:
                     difference = "its autograd graph changed"
             if difference:
-                self.mismatches += 1
-                block.unsteady += 1
                 self.note(f"differs {block.name}", f"`{block.name}` was recorded again: {difference}")
                 block.forget(call.signature)
                 call.keep_all()
@@ -375,6 +366,8 @@ class Runtime:
         frame = call.frame()
         frame.demote = state.demoter(self, block.name)
         frame.distrust = state.distrust
+        frame.link_failed = partial(self.links.failed, block)
+        frame.written = partial(self._written, block)
         if compiled.dropped and entry.calls <= VERIFIED_CALLS:
             frame.holders = Holders(state, compiled, call.handles)
         hashed = self._turns.due(state.key, self.steps)
@@ -391,7 +384,16 @@ class Runtime:
                 return
         if not call.fresh:
             block.recordings_in_a_row = 0
-        call.apply(frame, hashed=hashed)
+        young = call.fresh or entry.calls <= VERIFIED_CALLS
+        call.apply(frame, hashed=hashed, inputs=Inputs(frame.written) if young else None)
+
+    def _written(self, block: Block, argument: int) -> None:
+        block.written.add(argument)
+        self.note(
+            f"written {block.name} {argument}",
+            f"`{block.name}`: the model writes argument {argument} after the block has run, so nothing is recomputed "
+            "from it",
+        )
 
     def _checks_graph(self, entry: Entry) -> bool:
         """Always while a program is young, then now and then (walking a graph takes tens of microseconds)."""

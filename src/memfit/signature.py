@@ -1,8 +1,8 @@
 """What a block call looks like from outside: the key under which its recording is found again.
 
 A recording holds for calls with the same signature: tensor arguments by shape, stride, dtype, device and
-``requires_grad``, how they alias each other and the parameters, other arguments by value (objects of other classes than
-`SCALARS` only by their class), the training flag, which parameters train, autocast and numeric flags. What the block
+``requires_grad``, how they alias each other and the parameters, other arguments by value, the training flag, which
+parameters train, autocast and numeric flags. Objects count by class and fields, see `flatten`. What the block
 *is* (submodules, hooks, plain attributes, configs) is watched separately by `Watch`, once per forward of the model.
 """
 
@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,11 +21,23 @@ import torch
 from memfit.programs import LeafKind
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+MAX_DEPTH = 3
 SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, complex, Enum)
 
 
-def flatten(structure: Any, tensors: list[torch.Tensor], key: list[Any]) -> None:
-    """Collect the tensors of nested arguments, and a hashable description of the rest."""
+def flatten(
+    structure: Any, tensors: list[torch.Tensor], key: list[Any], fields: list[Any] | None = None, depth: int = 0
+) -> None:
+    """Collect the tensors of nested arguments, and a hashable description of the rest.
+
+    Args:
+        structure: The arguments.
+        tensors: Is added to.
+        key: Is added to; of objects, their classes.
+        fields: Is added to, where there is one: what objects hold. Of dataclasses and namespaces all, tensors too; of
+            others, the plain values among their attributes.
+        depth: Of objects inside objects.
+    """
     if isinstance(structure, torch.Tensor):
         tensors.append(structure)
         key.append("T")
@@ -31,14 +46,39 @@ def flatten(structure: Any, tensors: list[torch.Tensor], key: list[Any]) -> None
     elif isinstance(structure, (tuple, list)):
         key.append(len(structure))
         for item in structure:
-            flatten(item, tensors, key)
+            flatten(item, tensors, key, fields, depth)
     elif isinstance(structure, dict):
         key.append(len(structure))
         for name, item in structure.items():
             key.append(name if isinstance(name, str) else repr(name))
-            flatten(item, tensors, key)
+            flatten(item, tensors, key, fields, depth)
+    elif isinstance(structure, (slice, range)):
+        key.append((type(structure), structure.start, structure.stop, structure.step))
     else:
         key.append(type(structure))
+        if fields is not None and depth < MAX_DEPTH:
+            _flatten_fields(structure, tensors, fields, depth + 1)
+
+
+def _flatten_fields(structure: Any, tensors: list[torch.Tensor], fields: list[Any], depth: int) -> None:
+    if is_dataclass(structure) and not isinstance(structure, type):
+        whole = {field.name: getattr(structure, field.name, None) for field in dataclass_fields(structure)}
+    elif isinstance(structure, SimpleNamespace):
+        whole = vars(structure)
+    else:
+        fields.extend(plain_attributes(structure).items())
+        return
+    for name, value in whole.items():
+        fields.append(name)
+        flatten(value, tensors, fields, fields, depth)
+
+
+def plain_attributes(structure: Any) -> dict[str, Any]:
+    """The attributes of an object that are plain values; of a function or class none."""
+    attributes = getattr(structure, "__dict__", None)
+    if not isinstance(attributes, dict) or callable(structure):
+        return {}
+    return {name: value for name, value in attributes.items() if isinstance(value, SCALARS)}
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
@@ -122,19 +162,25 @@ def autocast_state(device_type: str) -> Any:
 
 
 def call_key(
-    arguments: list[Any], tensors: list[torch.Tensor], training: bool, own: dict[int, int], flags: tuple[Any, ...]
-) -> Any:
-    """The signature of a call.
+    arguments: list[Any],
+    fields: list[Any],
+    tensors: list[torch.Tensor],
+    training: bool,
+    own: dict[int, int],
+    flags: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """The signature of a call; its last item is what objects among the arguments hold.
 
     Args:
         arguments: As `flatten` describes them.
+        fields: Likewise, of objects.
         tensors: As `flatten` collects them.
         training: The block's flag.
         own: Where the block's parameters and buffers lie, see `storages_of`.
         flags: See `numeric_flags`.
     """
     device = tensors[0].device.type if tensors else "cpu"
-    return tuple(arguments), describe(tensors, own), training, autocast_state(device), flags
+    return tuple(arguments), describe(tensors, own), training, autocast_state(device), flags, tuple(fields)
 
 
 def describe(tensors: list[torch.Tensor], own: dict[int, int]) -> tuple[Any, ...]:

@@ -44,10 +44,8 @@ class Slack:
         fitted.steps += 1
         over = fitted.peak - fitted.raw_peak
         if peak_bytes > budget:
-            fitted.times_over += 1
-            if fitted.times_over > 1 or peak_bytes > (1 + MARGIN_SHARE) * budget:
-                self._set(max(self.bytes, over) + FLOOR)
-                fitted.stale = True
+            self._set(max(self.bytes, over) + FLOOR)
+            fitted.stale = True
         elif (
             fitted.steps == SETTLED_STEPS
             and fitted.plan.recompute_seconds > 0

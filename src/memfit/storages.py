@@ -12,6 +12,9 @@ from memfit.programs import MUTATED, UNKNOWN, Leaf, Program, ProgramNode, Progra
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
+SMALL_BUFFER_BYTES = 16 * 2**10
+"""Buffers up to this size are copied into the frame: distributed training broadcasts them, and no version tells."""
+
 
 class Storages:
     """The storages that a recording has seen, and the nodes that they went through."""
@@ -206,7 +209,7 @@ class Storages:
         node = self.program.nodes[number]
         node.recomputable, node.reason = False, reason
 
-    def forbid_odd_views(self, results: list[tuple[int | None, torch.Tensor]], tensors: list[torch.Tensor]) -> None:
+    def forbid_odd_views(self, results: list[tuple[int | None, torch.Tensor]]) -> None:
         """Views that change the dtype or carry a lazy conjugate are not derived by recipes."""
         for _, tensor in results:
             if self.is_odd(tensor):
@@ -225,6 +228,11 @@ class Storages:
 def address_of(tensor: torch.Tensor) -> int:
     """Of its storage; not used again while the recording holds on to it."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def is_small(buffer: torch.Tensor) -> bool:
+    """Whether a buffer is copied into the frame: small, and a copy has its geometry."""
+    return buffer.nbytes <= SMALL_BUFFER_BYTES and buffer.is_contiguous() and covers(buffer)
 
 
 def covers(tensor: torch.Tensor) -> bool:

@@ -194,7 +194,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ]
         results = _outputs(out)
         if not written and all(self._nodes.is_known(t) for _, t in results) and not drawn:
-            self._nodes.forbid_odd_views(results, tensors)
+            self._nodes.forbid_odd_views(results)
             return out  # a view, or an op that returned what it got
         op = ProgramOp(func, (), {}, (), [], random=drawn)
         index = len(program.ops)

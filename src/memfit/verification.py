@@ -19,7 +19,8 @@ def verify(call: Call, frame: Frame, output: Any) -> str:
     """Compare all bits of every value that the policy drops; demote those that differ and say so, else "".
 
     Both have to be there at once. Where memory ends first, the hashes of this call are left to find a difference. A
-    linked input is taken as it came: its own recipe was verified when the call before it ended, by the very tensor.
+    linked input is taken as it came: its own recipe was verified when the call before it ended, by the very tensor, and
+    `links` has compared all bits of that with what came.
     """
     try:
         return _difference(call, frame, output)
