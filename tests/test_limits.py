@@ -50,7 +50,7 @@ def test_calls_go_by_their_place_in_the_step():
 
 
 def test_far_from_the_budget_nothing_is_minded():
-    assert limits(STEP, POLICIES, [0, 1], 2000) == Limits()
+    assert limits(STEP, POLICIES, [0, 1], 2000) == Limits(2000)
     assert limits(replace(STEP, events=()), POLICIES, [0, 1], 0) == Limits()
 
 
@@ -64,11 +64,11 @@ def test_slack_is_a_share_until_it_is_learnt():
     slack.expect(1000 * FLOOR)
     assert slack.bytes == 50 * FLOOR + FLOOR
     made: Any = fitted(100 * FLOOR)
-    slack.learn(made, peak_bytes=160 * FLOOR, budget=150 * FLOOR)
+    slack.learn(made, peak_bytes=161 * FLOOR, budget=150 * FLOOR)
     assert made.stale
-    assert slack.bytes == 60 * FLOOR + FLOOR
+    assert slack.bytes == 51 * FLOOR + (61 - 51) * FLOOR // 2
     slack.expect(1000 * FLOOR)
-    assert slack.bytes == 60 * FLOOR + FLOOR
+    assert slack.bytes == 56 * FLOOR
 
 
 def test_a_plan_that_wastes_its_budget_is_made_again_once_it_has_settled():
@@ -80,6 +80,16 @@ def test_a_plan_that_wastes_its_budget_is_made_again_once_it_has_settled():
         slack.learn(made, peak_bytes=peak, budget=budget)
     assert made.stale
     assert slack.bytes == peak - 900 * FLOOR + budget // 50
+
+
+def test_the_smallest_plan_wastes_nothing():
+    slack = Slack("cpu")
+    made: Any = fitted(100 * FLOOR)
+    for _ in range(SETTLED_STEPS):
+        slack.learn(made, peak_bytes=100 * FLOOR, budget=200 * FLOOR, smallest=True)
+    assert not made.stale
+    slack.learn(made, peak_bytes=201 * FLOOR, budget=200 * FLOOR, smallest=True)
+    assert made.stale
 
 
 def test_of_what_a_plan_needs_less_than_predicted_half_is_believed():

@@ -1,10 +1,10 @@
 """The handle of a fitted model: the first step measured, the plan kept true.
 
-Step one runs the smallest plan while the runtime records and a `Profiler` reads memory. When the next step begins, what
-the coming steps will look like is known (gradients resident or fresh, optimizer state born or to be reserved), and the
-solver picks the fastest plan. Afterwards predicted and measured peak are compared, and the plan is corrected. A
-sequence of block calls that was not seen before (another shape, another number of forwards) runs the smallest plan and
-is profiled like step one.
+Step one keeps of each block as little as it can while the runtime records and a `Profiler` reads memory. When the next
+step begins, what the coming steps will look like is known (gradients resident or fresh, optimizer state born or to be
+reserved), and the solver picks the fastest plan. Afterwards predicted and measured peak are compared, and the plan is
+corrected. A sequence of block calls that was not seen before (another shape, another number of forwards) is run and
+profiled like step one.
 """
 
 from __future__ import annotations
@@ -228,8 +228,9 @@ class Handle:
             peak = self.runtime.keeper.observe()
             if self._planned_step:
                 self._measured = peak if self._measured is None else max(self._measured, peak)
-                if self._active is not None and isinstance(self._budget, int):
-                    self._slack.learn(self._active, peak_bytes=peak, budget=self._budget)
+                if self._active is not None and self._budget is not None:
+                    limit, smallest = self._active.limits.budget, self._budget == "min"
+                    self._slack.learn(self._active, peak_bytes=peak, budget=limit, smallest=smallest)
         self._peak_open = False
 
     def _settle_plan(self) -> None:

@@ -43,7 +43,7 @@ def limits(profile: StepProfile, policies: Sequence[Policy], indices: Sequence[i
     """
     simulation = simulate_policies(profile, policies)
     if simulation.peak_bytes < NEAR_SHARE * budget or not profile.events:
-        return Limits()
+        return Limits(budget)
     growths: dict[Moment, int] = {}
     kept = simulation.kept_bytes
     held = profile.events[0].outside_bytes

@@ -9,7 +9,8 @@ MAX_CORRECTIONS = 4
 SHARE = {"tcmalloc": 0.04, "jemalloc": 0.08, "glibc": 0.1}
 """Of what a plan moves; a few percent on CUDA too, for blocks that the caching allocator cannot join."""
 CUDA_SHARE = 0.05
-FLOOR = 6 * 2**20
+FLOOR = 16 * 2**20
+"""For what a step takes beside tensors: scratch of libraries, caches of threads, the rest of a page."""
 SETTLED_STEPS = 3
 ROOM_SHARE = 0.025
 """After so many planned steps, a plan that left more than this share of the budget unused is made again."""
@@ -36,18 +37,23 @@ class Slack:
         if not self._learnt:
             self.bytes = int(self._share * dynamic_bytes) + FLOOR
 
-    def learn(self, fitted: Fitted, *, peak_bytes: int, budget: int) -> None:
-        """Compare a step's peak with its plan; one that broke its budget, or wastes it, becomes stale."""
+    def learn(self, fitted: Fitted, *, peak_bytes: int, budget: int, smallest: bool = False) -> None:
+        """Compare a step's peak with its plan; one that broke its budget, or wastes it, becomes stale.
+
+        The ``smallest`` plan wastes nothing: there, ``budget`` is what was predicted.
+        """
         if self._corrections >= MAX_CORRECTIONS:
             return
         fitted.peak = max(fitted.peak, peak_bytes)
         fitted.steps += 1
         over = fitted.peak - fitted.raw_peak
         if peak_bytes > budget:
-            self._set(max(self.bytes, over) + FLOOR)
+            # A heap that has given way grows as it likes: not all of it was needed.
+            self._set(self.bytes + max(FLOOR, (over - self.bytes) // 2))
             fitted.stale = True
         elif (
-            fitted.steps == SETTLED_STEPS
+            not smallest
+            and fitted.steps == SETTLED_STEPS
             and fitted.plan.recompute_seconds > 0
             and budget - fitted.peak > ROOM_SHARE * budget
         ):
