@@ -6,11 +6,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from memfit.fitted import Fitted
 from memfit.limits import START, Limits, limits
 from memfit.plans import Policy
 from memfit.profiles import Node, OpCost, ProgramProfile
-from memfit.slack import FLOOR, MAX_CORRECTIONS, ROOM_SHARE, SETTLED_STEPS, Slack
+from memfit.slack import CHURN_SHARE, FAULT_SECONDS, FLOOR, MAX_CORRECTIONS, ROOM_SHARE, SETTLED_STEPS, Slack
 from memfit.solver.peak import simulate_policies
 from programs import chain_step, program, release_at_once
 
@@ -80,6 +82,15 @@ def test_a_plan_that_wastes_its_budget_is_made_again_once_it_has_settled():
         slack.learn(made, peak_bytes=peak, budget=budget)
     assert made.stale
     assert slack.bytes == peak - 900 * FLOOR + budget // 50
+
+
+def test_a_limited_heap_can_do_with_less_for_page_faults():
+    slack = Slack("cuda")
+    slack.expect(1000 * FLOOR, budget=500 * FLOOR, base_bytes=100 * FLOOR)
+    assert slack.least == slack.bytes == 51 * FLOOR
+    slack.expect(1000 * FLOOR, budget=500 * FLOOR, base_bytes=100 * FLOOR, limited=True)
+    assert (slack.bytes, slack.least) == (51 * FLOOR, 6 * FLOOR)
+    assert slack.least_seconds == pytest.approx(CHURN_SHARE * FAULT_SECONDS * 400 * FLOOR)
 
 
 def test_the_smallest_plan_wastes_nothing():

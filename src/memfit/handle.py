@@ -272,7 +272,8 @@ class Handle:
         base = self._meter.now()
         dynamic = max(0, plan.predicted_peak_bytes - base)
         if self._budget is not None:
-            self._slack.expect(dynamic)
+            limit = self._budget if isinstance(self._budget, int) else None
+            self._slack.expect(dynamic, budget=limit, base_bytes=base, limited=self.runtime.keeper.limits_heap)
         if isinstance(self._budget, int) and not self._request.decides:
             plan = self._within_budget(profile, self._budget)
         raw = plan.predicted_peak_bytes
@@ -289,15 +290,24 @@ class Handle:
 
     def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
         """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
-        try:
-            return self._solve(profile, budget, self._slack.bytes)
-        except InfeasibleBudgetError as error:
-            smallest = error.minimum - self._slack.bytes
-            if smallest > budget:
-                advice = self.exhaustion.advice_below(profile, budget) or error.advice
-                raise InfeasibleBudgetError(budget, smallest, error.event, advice) from None
-            self._slack.bytes = budget - smallest
-            return self._solve(profile, budget, self._slack.bytes)
+        slack = self._slack
+        found: Plan | None = None
+        for size in dict.fromkeys([slack.bytes, slack.least]):
+            try:
+                plan = self._solve(profile, budget, size)
+            except InfeasibleBudgetError as error:
+                short, smallest = error, error.minimum - size
+                continue
+            if found is None or plan.recompute_seconds + slack.least_seconds < found.recompute_seconds:
+                found = plan
+                slack.settle(size)
+        if found is not None:
+            return found
+        if smallest > budget:
+            advice = self.exhaustion.advice_below(profile, budget) or short.advice
+            raise InfeasibleBudgetError(budget, smallest, short.event, advice) from None
+        slack.settle(budget - smallest)
+        return self._solve(profile, budget, slack.bytes)
 
     def _solve(self, profile: StepProfile, budget: int, slack: int) -> Plan:
         return solve(profile, budget=budget, margin_bytes=slack, model=self._name, fingerprint=self._fingerprint)

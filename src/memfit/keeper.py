@@ -33,6 +33,11 @@ class Keeper:
         self.highest = 0
         self.limits = NO_LIMITS
 
+    @property
+    def limits_heap(self) -> bool:
+        """Whether the allocator itself keeps the limit."""
+        return self._heap is not None
+
     def begin(self, limits: Limits) -> None:
         """A step begins under these."""
         self.limits = limits

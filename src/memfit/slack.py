@@ -16,6 +16,10 @@ ROOM_SHARE = 0.025
 """After so many planned steps, a plan that left more than this share of the budget unused is made again."""
 MARGIN_SHARE = 0.02
 """Of the budget, left free beyond what its steps have shown: they differ by so much."""
+CHURN_SHARE = 0.3
+"""With the least slack, about so much of what a plan moves is handed back and taken again in every step."""
+FAULT_SECONDS = 0.6 / 2**30
+"""Per byte that is taken again: page faults of 4 KiB, zeroing included."""
 
 
 class Slack:
@@ -23,19 +27,38 @@ class Slack:
 
     Attributes:
         bytes: The room; negative where plans need less than is predicted.
+        least: The room that a heap with a limit can do with, at the price of page faults: of ``least_seconds`` a step.
     """
 
     def __init__(self, device: str) -> None:
         """On a kind of device, ``cpu`` or ``cuda``."""
-        self.bytes = 0
+        self.bytes = self.least = 0
+        self.least_seconds = 0.0
         self._share = SHARE.get(allocator(), 0.1) if device == "cpu" else CUDA_SHARE
         self._learnt = False
         self._corrections = 0
 
-    def expect(self, dynamic_bytes: int) -> None:
-        """A plan that moves so many bytes will be made."""
-        if not self._learnt:
-            self.bytes = int(self._share * dynamic_bytes) + FLOOR
+    def expect(
+        self, dynamic_bytes: int, *, budget: int | None = None, base_bytes: int = 0, limited: bool = False
+    ) -> None:
+        """A plan will be made.
+
+        Args:
+            dynamic_bytes: What the step moves if everything is saved.
+            budget: That it has to hold, if there is one.
+            base_bytes: What is held between steps.
+            limited: Whether the heap itself keeps the limit.
+        """
+        if self._learnt:
+            return
+        self.bytes = self.least = int(self._share * dynamic_bytes) + FLOOR
+        if limited and budget is not None:
+            self.least = min(self.bytes, int(MARGIN_SHARE / 2 * budget) + FLOOR)
+            self.least_seconds = CHURN_SHARE * FAULT_SECONDS * max(0, budget - base_bytes)
+
+    def settle(self, size: int) -> None:
+        """A plan was made that leaves so much room."""
+        self.bytes = self.least = size
 
     def learn(self, fitted: Fitted, *, peak_bytes: int, budget: int, smallest: bool = False) -> None:
         """Compare a step's peak with its plan; one that broke its budget, or wastes it, becomes stale.
@@ -64,4 +87,4 @@ class Slack:
     def _set(self, size: int) -> None:
         self._corrections += 1
         self._learnt = True
-        self.bytes = size
+        self.settle(size)
