@@ -153,7 +153,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", default=",".join(ROWS[:-1]), help=f"which rows of {', '.join(ROWS)}")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=None, help="steps per repetition; 1 on CPU, 5 on CUDA")
-    parser.add_argument("--warmup", type=int, default=4, help="untimed steps; the first one records")
+    parser.add_argument(
+        "--warmup", type=int, default=6, help="untimed steps; the first one records, the plan settles by the fifth"
+    )
     parser.add_argument("--no-memfit", action="store_true", help="only the peers")
     parser.add_argument("--no-overhead", action="store_true", help="leave the overhead section out")
     parser.add_argument("--only-overhead", action="store_true", help="nothing but the overhead section")
