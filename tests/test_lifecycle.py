@@ -20,6 +20,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import memfit
 from faults import FITS, SMALLEST, WIDTH, Block, Stack, data
 from gradients import assert_bitwise_equal, copies, seed
+from memfit import blocks
+from memfit.calls import Call
+from memfit.memory import meter
+from memfit.profiler import Profiler
 from zoo import bert_model, build, call, gpt2_model, language, llama_model
 
 WAYS = {**FITS, **SMALLEST}
@@ -938,3 +942,19 @@ def test_fitted_inside_a_thread() -> None:
     thread.start()
     thread.join()
     assert_bitwise_equal(gradients(model, 0), expected)
+
+
+def test_a_reading_does_not_mind_what_began_before_it() -> None:
+    """A block that another thread was inside of when the reading began, and blocks that end in another order."""
+    reader = Profiler(meter("cpu"), lambda: 0, lambda: 0)
+    before, first, second = (
+        Call(blocks.Block(name=name, module=torch.nn.Identity()), 0, [], (), {})
+        for name in ("before", "first", "second")
+    )
+    reader.block_left(before)
+    reader.block_entered(first)
+    reader.block_entered(second)
+    first.mode, second.mode = "replay", "fallback"
+    reader.block_left(first)
+    reader.block_left(second)
+    assert [(read.name, read.mode) for read in reader.reading.calls] == [("first", "replay"), ("second", "fallback")]

@@ -86,6 +86,7 @@ class Profiler:
         self._num_backward = 0
         self._last: CallReading | None = None
         self._passes: set[int] = set()
+        self._open: dict[Call, CallReading] = {}
         self.reading = Reading(start_bytes=self._settled(), start_gradients=gradients(), start_state=state())
         meter.reset_peak()
 
@@ -98,12 +99,15 @@ class Profiler:
 
     def block_entered(self, call: Call) -> None:
         """A block's forward begins."""
-        self.reading.calls.append(CallReading(call.block.name, forward_start=self._settled()))
+        read = self._open[call] = CallReading(call.block.name, forward_start=self._settled())
+        self.reading.calls.append(read)
         self._meter.reset_peak()
 
     def block_left(self, call: Call) -> None:
         """A block's forward has ended."""
-        read = self.reading.calls[-1]
+        read = self._open.pop(call, None)
+        if read is None:
+            return  # it had begun, in another thread, when the reading did
         read.forward_peak = self._peak()
         read.mode, read.program, read.policy, read.tie = call.mode, call.program_key, call.policy, call.tie
         self._settled()
