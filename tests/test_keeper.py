@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import textwrap
@@ -180,8 +181,9 @@ def test_a_limited_heap_hands_back_what_is_free_and_then_gives_way():
     env = {"LD_PRELOAD": str(host.find_allocator()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(HEAP)]
     found = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
-    if found is None:
-        pytest.skip("this heap takes no limit")
+    if platform.machine() != "x86_64":
+        assert found is None
+        return
     assert found["within"] <= 1.02
     assert found["limited"]
     assert found["beyond"] > 1.1

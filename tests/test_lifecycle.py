@@ -958,3 +958,9 @@ def test_a_reading_does_not_mind_what_began_before_it() -> None:
     reader.block_left(first)
     reader.block_left(second)
     assert [(read.name, read.mode) for read in reader.reading.calls] == [("first", "replay"), ("second", "fallback")]
+    given = torch.ones(3)
+    gone = weakref.ref(given)
+    reader.block_entered(Call(blocks.Block(name="failed", module=torch.nn.Identity()), 2, [given], (), {}))
+    del given
+    reader.backward_ended()
+    assert gone() is None

@@ -34,26 +34,26 @@ SIMULATION = simulate_policies(STEP, POLICIES)
 
 def test_memory_grows_by_what_comes_next():
     # held at the start: 1000; after the first forward 1100, after the second 1104; before their backwards the same
-    found = limits(STEP, POLICIES, [0, 1], 1400)
+    found = limits(STEP, SIMULATION, [0, 1], 1400)
     growths = {START: 120, ("after", 0): 300, ("after", 1): 200, ("before", 1): 53, ("before", 0): 7}
     assert found == Limits(1400, growths)
 
 
 def test_every_event_fits_where_its_growth_fits():
     """Whatever is held at a moment, and grows by what it says, stays at the peak or below."""
-    growths = limits(STEP, POLICIES, [0, 1], SIMULATION.peak_bytes).growths
+    growths = limits(STEP, SIMULATION, [0, 1], SIMULATION.peak_bytes).growths
     held = {START: 1000, ("after", 0): 1100, ("after", 1): 1104, ("before", 1): 1104, ("before", 0): 1100}
     assert max(held[moment] + growth for moment, growth in growths.items()) == SIMULATION.peak_bytes
 
 
 def test_calls_go_by_their_place_in_the_step():
-    found = limits(STEP, POLICIES, [3, 8], 1400)
+    found = limits(STEP, SIMULATION, [3, 8], 1400)
     assert {index for kind, index in found.growths if kind != "start"} == {3, 8}
 
 
 def test_far_from_the_budget_nothing_is_minded():
-    assert limits(STEP, POLICIES, [0, 1], 2000) == Limits(2000)
-    assert limits(replace(STEP, events=()), POLICIES, [0, 1], 0) == Limits()
+    assert limits(STEP, SIMULATION, [0, 1], 2000) == Limits(2000)
+    assert limits(replace(STEP, events=()), SIMULATION, [0, 1], 0) == Limits()
 
 
 def fitted(raw_peak: int, *, recompute_seconds: float = 1.0) -> Fitted:

@@ -222,9 +222,10 @@ class Call:
         compiled = self.compiled
         assert compiled is not None
         cells: dict[int, tuple[torch.Tensor, int]] = {}
+        young = self.fresh or inputs is not None
         for number, index in compiled.inputs.items():
             given, version = self.tensors[index], self.versions[index]
-            is_saved = any(s.value.node == number for s in compiled.program.saved)
+            is_saved = young and any(s.value.node == number for s in compiled.program.saved)
             copy = copied(given) if self.fresh and not is_saved else None
             cell = cells[number] = (given.detach(), version) if copy is None else (copy, copy._version)
             if inputs is not None:

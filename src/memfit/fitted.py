@@ -67,10 +67,7 @@ class Fitted:
         self.policies = {index: plan.policy(place) for place, index in enumerate(indices)}
         simulation = simulate(profile, plan)
         events = simulation.events
-        self.limits = Limits()
-        if limit is not None:
-            policies = [plan.policy(place) for place in range(len(plan.calls))]
-            self.limits = limits(profile, policies, indices, limit)
+        self.limits = limits(profile, simulation, indices, limit) if limit is not None else Limits()
         plain = {
             key: sum(n.storage_bytes for n in p.nodes if n.num_saved and n.kind == "computed")
             for key, p in profile.programs.items()

@@ -37,21 +37,23 @@ class Heap:
         self._set_new_handler.argtypes = [ctypes.c_void_p]
         self._set_new_handler.restype = ctypes.c_void_p
         self._handler = _Lifter(self._write, self._set_new_handler)
+        self._other: int | None = None  # somebody else's handler
         self._number(_LIMIT)
 
     def limit(self, size: int) -> None:
         """Let the process hold ``size`` bytes at most from now on, for as long as that is possible."""
         outside = host.resident_bytes() - self.resident_bytes()
         self._write(_LIMIT, ctypes.c_size_t(max(1, (size - max(0, outside)) // _MIB)))
-        self._set_new_handler(self._handler.address)
+        self._install(self._handler.address)
         self._set_new_mode(1)
 
     def lift(self) -> None:
         """Take the limit away."""
         self._write(_LIMIT, ctypes.c_size_t(0))
         self._set_new_mode(0)
-        if (other := self._set_new_handler(None)) not in (None, self._handler.address):
-            self._set_new_handler(other)
+        self._install(None)
+        if self._other is not None:
+            self._set_new_handler(self._other)
 
     @property
     def limited(self) -> bool:
@@ -61,6 +63,11 @@ class Heap:
     def resident_bytes(self) -> int:
         """What the heap holds of the resident set, used or free, in bytes."""
         return self._number(b"generic.heap_size") - self._number(b"tcmalloc.pageheap_unmapped_bytes")
+
+    def _install(self, handler: int | None) -> None:
+        before = self._set_new_handler(handler)
+        if before is not None and before != self._handler.address:
+            self._other = before
 
     def _number(self, name: bytes) -> int:
         value = ctypes.c_size_t()

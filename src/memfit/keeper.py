@@ -67,13 +67,12 @@ class Keeper:
 
     def restart(self) -> None:
         """A step is over: its peak no longer counts."""
-        self.observe()
+        if self._meter is not None:
+            self._meter.reset_peak()
         self.highest = 0
 
     def observe(self) -> int:
-        """Read the highest that was held since the last time, and begin anew; returns the highest of this step."""
-        if self._meter is None:
-            return 0
-        self.highest = max(self.highest, self._meter.peak())
-        self._meter.reset_peak()
+        """Read the highest that was held in this step so far, should somebody else forget it; returns it."""
+        if self._meter is not None:
+            self.highest = max(self.highest, self._meter.peak())
         return self.highest

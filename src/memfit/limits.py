@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memfit.plans import Policy
 from memfit.profiles import StepProfile
-from memfit.solver.peak import simulate_policies
+from memfit.solver.peak import Simulation
 
 NEAR_SHARE = 0.8
 """Where the peak stays under this share of the budget, freed memory may lie where it is."""
-
 
 Moment = tuple[Literal["start", "after", "before"], int]
 """Before the first block call; after the forward of one, or before its backward, by its index in the step."""
@@ -32,16 +30,15 @@ class Limits:
     growths: dict[Moment, int] = field(default_factory=dict)
 
 
-def limits(profile: StepProfile, policies: Sequence[Policy], indices: Sequence[int], budget: int) -> Limits:
+def limits(profile: StepProfile, simulation: Simulation, indices: Sequence[int], budget: int) -> Limits:
     """What the events up to the next moment add to what is held at each.
 
     Args:
         profile: The step.
-        policies: Of its calls.
+        simulation: Of it, under the plan.
         indices: For each call of the profile its index among the block calls of the step.
         budget: Bytes.
     """
-    simulation = simulate_policies(profile, policies)
     if simulation.peak_bytes < NEAR_SHARE * budget or not profile.events:
         return Limits(budget)
     growths: dict[Moment, int] = {}

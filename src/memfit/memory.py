@@ -57,7 +57,7 @@ class Meter(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Hand freed memory back, so that `now` is what is in use. Slow: never inside a planned step."""
+        """Hand freed memory back, so that `now` is what is in use. Slow: every use again is a page fault."""
 
     @abstractmethod
     def total(self) -> int:

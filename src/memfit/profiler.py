@@ -142,6 +142,7 @@ class Profiler:
 
     def backward_ended(self) -> None:
         """The optimizer is about to step, or the next forward to begin."""
+        self._open.clear()  # forwards that failed
         if self.reading.end_peak == 0:
             self.reading.end_peak = self._peak()
             self.reading.gradients_end = self._gradients()

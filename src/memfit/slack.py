@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from memfit import keeper
 from memfit.fitted import Fitted
 from memfit.host import allocator
 
 MAX_CORRECTIONS = 4
 SHARE = {"tcmalloc": 0.04, "jemalloc": 0.08, "glibc": 0.1}
-"""Of what a plan moves; a few percent on CUDA too, for blocks that the caching allocator cannot join."""
+"""Of what a step moves; a few percent on CUDA too, for blocks that the caching allocator cannot join."""
 CUDA_SHARE = 0.05
 FLOOR = 16 * 2**20
 """For what a step takes beside tensors: scratch of libraries, caches of threads, the rest of a page."""
@@ -17,7 +18,7 @@ ROOM_SHARE = 0.025
 MARGIN_SHARE = 0.02
 """Of the budget, left free beyond what its steps have shown: they differ by so much."""
 CHURN_SHARE = 0.3
-"""With the least slack, about so much of what a plan moves is handed back and taken again in every step."""
+"""With the least slack, about so much of what a budget leaves to move is handed back and taken again in every step."""
 FAULT_SECONDS = 0.6 / 2**30
 """Per byte that is taken again: page faults of 4 KiB, zeroing included."""
 
@@ -44,7 +45,7 @@ class Slack:
         """A plan will be made.
 
         Args:
-            dynamic_bytes: What the step moves if everything is saved.
+            dynamic_bytes: What the step moves: under a budget if everything is saved, else under the plan.
             budget: That it has to hold, if there is one.
             base_bytes: What is held between steps.
             limited: Whether the heap itself keeps the limit.
@@ -53,7 +54,7 @@ class Slack:
             return
         self.bytes = self.least = int(self._share * dynamic_bytes) + FLOOR
         if limited and budget is not None:
-            self.least = min(self.bytes, int(MARGIN_SHARE / 2 * budget) + FLOOR)
+            self.least = min(self.bytes, int(keeper.MARGIN_SHARE * budget) + FLOOR)
             self.least_seconds = CHURN_SHARE * FAULT_SECONDS * max(0, budget - base_bytes)
 
     def settle(self, size: int) -> None:
