@@ -46,7 +46,22 @@ from faults import (
     train,
 )
 from gradients import Tensors, copies, differences
-from memfit import bits, calls, canary, frames, graph, ops, parking, plans, replay, runtime, signature, storages, trace
+from memfit import (
+    bits,
+    calls,
+    canary,
+    frames,
+    graph,
+    ops,
+    parking,
+    plans,
+    replay,
+    runtime,
+    signature,
+    steps,
+    storages,
+    trace,
+)
 from memfit.calls import Call
 from memfit.costs import profile_program
 from memfit.entries import ProgramState
@@ -634,7 +649,7 @@ def test_rule_06_writes_of_recipes() -> None:
             return before + x * value
 
     def off(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(replay, "writable", lambda base, shared: base)
+        patch.setattr(steps, "writable", lambda base, shared: base)
 
     matters(changing(Both), off, backstops=[no_verified_calls, no_canary])
 
@@ -777,7 +792,8 @@ def test_rule_09_alias_pattern(before: str, after: str) -> None:
         train(Pairs(), fit, seen, between=at(LATE, lambda m: BOX.update(second=second(after))), steps=LATE + 2)
 
     def off(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(signature, "describe", lambda tensors, own: tuple([(t.shape, t.dtype) for t in tensors]))
+        patch.setattr(signature, "describe", lambda tensors: tuple([(t.shape, t.dtype) for t in tensors]))
+        patch.setattr(signature, "aliases", lambda tensors, own: ())
 
     matters(scenario, off, backstops=[no_late_drop, no_verified_calls, no_canary])
 
@@ -847,9 +863,9 @@ def test_rule_09_modes(change: str) -> None:
         train(Stack(Multiplies), fit, seen, forward=forward, steps=LATE + 2)
 
     def off(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(signature, "autocast_state", lambda device: None)
-        key = runtime.call_key
-        patch.setattr(runtime, "call_key", lambda *given: key(*given[:3], True, *given[4:]))
+        patch.setattr(signature, "autocast_state", lambda tensors: None)
+        of = signature.Signatures.of
+        patch.setattr(signature.Signatures, "of", lambda *given: of(*given[:4], True, *given[5:]))
 
     backstops = [no_watch, no_late_drop, no_verified_calls, no_canary]
     matters(scenario, off, backstops=backstops, failure="error")
@@ -1756,9 +1772,10 @@ def test_rule_21_names_are_looked_up() -> None:
 def test_rules_of_geometry_decide_where_torch_has_no_guards(monkeypatch):
     """Without torch's own check of many tensors a changed geometry is found all the same."""
     import memfit
-    from memfit import checks
+    from memfit import checks, guards
 
-    monkeypatch.setattr(checks, "_guards", lambda tensors: checks._Never())
+    for module in (checks, signature):
+        monkeypatch.setattr(module, "guard_of", lambda tensors: guards._Never())
 
     class Block(torch.nn.Module):
         def __init__(self) -> None:

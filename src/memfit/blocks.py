@@ -9,7 +9,7 @@ import torch
 
 from memfit.errors import ModelError
 from memfit.programs import LeafKind
-from memfit.signature import Watch
+from memfit.signature import Signatures, Watch, parameter_slots, pointers_of, storages_of
 
 if TYPE_CHECKING:
     from memfit.entries import Entry
@@ -32,6 +32,7 @@ class Block:
         reason: Why not replay.
         parent: The descended block that it belongs to.
         own: Where its parameters and buffers lie, by `storages_of`.
+        signatures: Of its last calls.
         reruns: Calls that were to run again as a whole.
         offers: Calls whose output the next block might ask for.
         link_failures: How often what came back through its linked input was wrong.
@@ -50,6 +51,8 @@ class Block:
     watched: int = -1
     slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]] = field(default_factory=dict)
     own: dict[int, int] = field(default_factory=dict)
+    signatures: Signatures = field(default_factory=Signatures)
+    _pointers: list[int] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     recordings_in_a_row: int = 0
     reruns: int = 0
@@ -58,6 +61,20 @@ class Block:
     unlinked: bool = False
     written: set[int] = field(default_factory=set)
     ignores_fields: bool = False
+
+    def look(self, generation: int) -> None:
+        """Has it become another one? Where do its parameters lie? Looked at once per forward of the model."""
+        self.watched = generation
+        if self.watch is None:
+            self.watch = Watch(self.module)
+        elif not self.watch.unchanged():
+            self.watch = Watch(self.module)
+            self.slots = parameter_slots(self.module)
+            self.entries.clear()
+        pointers = pointers_of(self.slots)
+        if pointers != self._pointers:
+            self._pointers = pointers
+            self.own = storages_of(self.slots)
 
     def forget(self, signature: Any) -> None:
         """A call was not what its recording says: the next one is recorded again."""

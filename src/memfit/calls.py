@@ -146,8 +146,8 @@ class Call:
         assert self.entry is not None
         state = self.entry.state
         starts: dict[int, int] = {}
-        for number, storage, offset in state.saved_leaves:
-            tensor = self.leaf(number)
+        for leaf, storage, offset in state.saved_leaves:
+            tensor = self._given(leaf)
             if tensor is not None and (pointer := tensor.data_ptr()):
                 starts[storage] = pointer - offset
         return state.checks.differs(self.handles, starts)
@@ -166,8 +166,9 @@ class Call:
         """The tensor that is leaf ``number`` in this call."""
         assert self.entry is not None
         leaf = self.entry.state.program.nodes[number].leaf
-        if leaf is None:
-            return None
+        return self._given(leaf) if leaf is not None else None
+
+    def _given(self, leaf: Leaf) -> torch.Tensor | None:
         if leaf.kind == "input":
             return self.tensors[leaf.index]
         slot = self.block.slots.get((leaf.owner, leaf.name))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from memfit.checks import Checks
 from memfit.errors import MemfitError
 from memfit.plans import Policy
-from memfit.programs import Program, ProgramNode
+from memfit.programs import Leaf, Program, ProgramNode
 from memfit.replay import CompiledPolicy, compile_policy
 
 if TYPE_CHECKING:
@@ -118,11 +118,11 @@ class Entry:
         self.record_again = False
 
 
-def saved_leaves(program: Program) -> tuple[tuple[int, int, int], ...]:
-    """Leaves that autograd saves: node, storage, and the byte in the storage at which the leaf begins."""
+def saved_leaves(program: Program) -> tuple[tuple[Leaf, int, int], ...]:
+    """Leaves that autograd saves: which, their storage, and the byte in the storage at which each begins."""
     numbers = sorted({saved.value.node for saved in program.saved if saved.is_leaf})
-    nodes = [(number, program.nodes[number]) for number in numbers]
-    return tuple((n, node.storage, node.value.offset * node.value.dtype.itemsize) for n, node in nodes)
+    nodes = [program.nodes[number] for number in numbers]
+    return tuple((n.leaf, n.storage, n.value.offset * n.value.dtype.itemsize) for n in nodes if n.leaf is not None)
 
 
 def _is_parameter(node: ProgramNode) -> bool:

@@ -16,8 +16,9 @@ import torch
 from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.narrowing import widen
-from memfit.replay import NARROW, CompiledPolicy, Restorer, view_of
+from memfit.replay import NARROW, CompiledPolicy, Restorer
 from memfit.signature import numeric_flags, set_numeric_flags
+from memfit.steps import view_of
 
 if TYPE_CHECKING:
     from memfit.fallback import ReplayOfModule

@@ -27,9 +27,10 @@ from memfit.inputs import counter_of
 from memfit.plans import Policy
 from memfit.profiles import Link
 from memfit.programs import Program, Value
-from memfit.replay import Environment, run_ops, view_of
+from memfit.replay import run_ops
 from memfit.signature import numeric_flags, output_tensors, set_numeric_flags
 from memfit.solver.links import kept_input
+from memfit.steps import Environment, view_of
 
 if TYPE_CHECKING:
     from memfit.blocks import Block

@@ -9,7 +9,8 @@ their last use. Nothing here is recursive at run time, and no value is derived b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,11 @@ from memfit import canary, ops
 from memfit.closures import OutputRecipe, closure, droppable, output_recipe
 from memfit.narrowing import form_of
 from memfit.plans import Policy
-from memfit.programs import Program, ProgramOp, Ref, Value, refs
+from memfit.programs import Program, Value
+from memfit.steps import Environment, Step, compile_step, view_of
 
 SAVE, RECOMPUTE, NARROW = 0, 1, 2
 
-Environment = dict[int, torch.Tensor]
-Step = Callable[[Environment, list[int], torch.Generator | None], None]
 _default_generators = threading.Lock()
 
 
@@ -44,6 +44,7 @@ class CompiledPolicy:
         parameter_nodes: All parameter nodes read by any closure.
         kept: Kept saved node -> the saved tensor that shows it to recipes.
         bases: Node -> the geometry of the tensor that stands for it in an environment.
+        whole: Per saved tensor: whether it is that tensor itself.
         uses: Per node: how many closure ops and dropped saved tensors use it.
         steps: Per op.
         snapshots: Number of packed tensors after which the generator's state is taken -> random ops.
@@ -67,6 +68,7 @@ class CompiledPolicy:
     parameter_nodes: tuple[int, ...]
     kept: dict[int, int]
     bases: dict[int, Value]
+    whole: list[bool]
     uses: list[int]
     steps: dict[int, Step]
     snapshots: tuple[int, ...]
@@ -172,8 +174,9 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         ),
         kept=kept,
         bases=bases,
+        whole=[saved.value == bases[saved.value.node] for saved in program.saved],
         uses=uses,
-        steps={i: _compile_step(program, program.ops[i], bases, kept) for i in all_ops},
+        steps={i: compile_step(program, program.ops[i], bases, kept) for i in all_ops},
         snapshots=tuple(sorted({s for i in all_ops if (s := program.ops[i].snapshot) is not None})),
         narrowed=narrowed,
         dropped=tuple(dropped),
@@ -185,95 +188,6 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
             i for i, s in enumerate(program.saved) if actions[i] == SAVE and program.nodes[s.value.node].custom
         ),
     )
-
-
-def view_of(base: torch.Tensor, value: Value, shown: Value) -> torch.Tensor:
-    """The view ``value`` of a storage that ``base`` shows as ``shown``."""
-    if value.size == shown.size and value.stride == shown.stride and value.offset == shown.offset:
-        return base
-    return base.as_strided(value.size, value.stride, base.storage_offset() + value.offset - shown.offset)
-
-
-def writable(base: torch.Tensor, shared: bool) -> torch.Tensor:
-    """What an in-place op of a recipe may write: ``base``, or a copy where somebody else will read it."""
-    return base.clone() if shared else base
-
-
-def _compile_step(program: Program, op: ProgramOp, bases: dict[int, Value], kept: dict[int, int]) -> Step:
-    """One op as a function of an environment. Decrements the uses of what it reads, and frees at zero."""
-    func = ((ops.with_generator(op.func) if op.random else None) or op.func)._op
-    flat = all(isinstance(a, Ref) or not refs(a) for a in op.args) and not refs(op.kwargs)
-    slots = tuple((i, a.value) for i, a in enumerate(op.args) if isinstance(a, Ref) and a.value.node >= 0)
-    outputs = tuple(op.outputs)
-    reads = op.inputs
-    target = op.target
-    kwargs = op.kwargs
-    template = list(op.args)
-
-    def build(structure: Any, env: Environment) -> Any:
-        if isinstance(structure, Ref):
-            if structure.value.node < 0:
-                return None  # what the op overwrites: filled in by the step
-            return view_of(env[structure.value.node], structure.value, bases[structure.value.node])
-        if isinstance(structure, tuple):
-            return [build(item, env) for item in structure]
-        if isinstance(structure, dict):
-            return {key: build(item, env) for key, item in structure.items()}
-        return structure
-
-    whole = tuple((i, value.node, None if value == bases[value.node] else value) for i, value in slots)
-
-    def arguments(env: Environment) -> tuple[list[Any], dict[str, Any]]:
-        if not flat:
-            return [build(a, env) for a in template], build(kwargs, env)
-        args = template.copy()
-        for i, node, value in whole:
-            args[i] = env[node] if value is None else view_of(env[node], value, bases[node])
-        return args, kwargs
-
-    def release(env: Environment, uses: list[int]) -> None:
-        for n in reads:
-            uses[n] -= 1
-            if uses[n] <= 0:
-                env.pop(n, None)
-
-    if target is None:
-
-        def step(env: Environment, uses: list[int], generator: torch.Generator | None) -> None:
-            args, keywords = arguments(env)
-            if generator is not None:
-                keywords = {**keywords, "generator": generator}
-            result = func(*args, **keywords)
-            del args
-            for position, node in outputs:
-                if uses[node] > 0:
-                    env[node] = result if position is None else result[position]
-            release(env, uses)
-
-        return step
-
-    position, made = op.target_at, outputs[0][1]
-    device = program.nodes[made].device
-    owned = target.node not in kept and program.nodes[target.node].leaf is None
-
-    def step_in_place(env: Environment, uses: list[int], generator: torch.Generator | None) -> None:
-        # NOTE [Writes of recipes]: only a storage that this recipe made, and that nothing else will read, is written.
-        if op.overwrites:
-            base = torch.empty_strided(target.size, target.stride, dtype=target.dtype, device=device)
-            written = base
-        else:
-            base = writable(env[target.node], uses[target.node] > 1 or not owned)
-            written = view_of(base, target, bases[target.node])
-        args, keywords = arguments(env)
-        args[position] = written
-        if generator is not None:
-            keywords = {**keywords, "generator": generator}
-        func(*args, **keywords)
-        release(env, uses)
-        if uses[made] > 0:
-            env[made] = base
-
-    return step_in_place
 
 
 class Restorer:
@@ -307,7 +221,7 @@ class Restorer:
         base = self.env.get(node)
         if base is None:
             return None
-        out = view_of(base, value, self._bases[node])
+        out = base if self._compiled.whole[index] else view_of(base, value, self._bases[node])
         uses = self._uses
         if index not in self._given:
             self._given.add(index)
@@ -352,6 +266,17 @@ class Restorer:
         return value
 
 
+def _undisturbed() -> AbstractContextManager[object]:
+    """Below autograd and, where they are on, autocast and dispatch modes."""
+    below: AbstractContextManager[object] = torch._C._AutoDispatchBelowAutograd()
+    if not torch._C._is_any_autocast_enabled() and not torch._C._len_torch_dispatch_stack():
+        return below
+    stack = ExitStack()
+    for context in (below, torch._C._DisableAutocast(), torch._C._DisableTorchDispatch()):
+        stack.enter_context(context)
+    return stack
+
+
 def run_ops(
     compiled: CompiledPolicy,
     closure: Iterable[int],
@@ -361,7 +286,7 @@ def run_ops(
 ) -> None:
     """Run ops in order, below autograd and autocast, outside any mode; random ops from the states of the forward."""
     program = compiled.program
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast(), torch._C._DisableTorchDispatch():
+    with _undisturbed():
         for index in closure:
             op = program.ops[index]
             step = compiled.steps[index]

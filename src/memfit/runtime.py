@@ -33,7 +33,7 @@ from memfit.links import Links
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
 from memfit.programs import Program
-from memfit.signature import Watch, call_key, flatten, numeric_flags, output_tensors, parameter_slots, storages_of
+from memfit.signature import numeric_flags, output_tensors, parameter_slots, read_arguments
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
 from memfit.verification import verify
@@ -163,10 +163,7 @@ class Runtime:
             if not stack[-1].is_stale():
                 return  # inside another block: its saved tensors are that block's
             self.pop_stale()
-        tensors: list[torch.Tensor] = []
-        key: list[Any] = []
-        fields: list[Any] = []
-        flatten((args, kwargs), tensors, key, None if block.ignores_fields else fields)
+        tensors, key, fields = read_arguments(args, kwargs, objects=not block.ignores_fields)
         why = why_aside(block.module, module, tensors)
         if why:
             self.note(f"aside {why}", f"stepped aside: {why}")
@@ -177,11 +174,11 @@ class Runtime:
         if self.backward_seen or not self.calls:
             self.begin_if_new()
         if block.watched != self.generation:
-            self._watch(block)
+            block.look(self.generation)
         if block.written:
             key.append(("written", *sorted(block.written)))
         flags = numeric_flags()
-        signature = call_key(key, fields, tensors, block.module.training, block.own, flags)
+        signature = block.signatures.of(key, fields, tensors, block.module.training, block.own, flags)
         call = Call(block, len(self.calls), tensors, args, kwargs)
         call.flags = flags
         call.owner = sys._getframe(2)
@@ -231,17 +228,6 @@ class Runtime:
             self.listener.block_left(call)
         else:
             self.keeper.reach(("after", call.index))
-
-    def _watch(self, block: Block) -> None:
-        """Has the block become another one? Looked at once per forward of the model."""
-        block.watched = self.generation
-        if block.watch is None:
-            block.watch = Watch(block.module)
-        elif not block.watch.unchanged():
-            block.watch = Watch(block.module)
-            block.slots = parameter_slots(block.module)
-            block.entries.clear()
-        block.own = storages_of(block.slots)
 
     def _adopt(self, block: Block, signature: Any) -> Entry | None:
         """A recording of a block that has been recorded equal to this one before (rule 10)."""

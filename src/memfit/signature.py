@@ -18,11 +18,27 @@ from typing import Any
 
 import torch
 
+from memfit.guards import guard_of
 from memfit.programs import LeafKind
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 MAX_DEPTH = 3
 SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, complex, Enum)
+_BY_VALUE = frozenset({str, bytes, type(None), torch.dtype, torch.device})
+_NUMBERS = frozenset({bool, int, float, complex})
+
+
+def read_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, objects: bool
+) -> tuple[list[torch.Tensor], list[Any], list[Any]]:
+    """What a call is given: its tensors, and the rest as `flatten` describes it; ``objects`` by what they hold."""
+    tensors: list[torch.Tensor] = []
+    key: list[Any] = []
+    fields: list[Any] = []
+    flatten(args, tensors, key, fields if objects else None)
+    if kwargs:
+        flatten(kwargs, tensors, key, fields if objects else None)
+    return tensors, key, fields
 
 
 def flatten(
@@ -38,10 +54,25 @@ def flatten(
             others, the plain values among their attributes.
         depth: Of objects inside objects.
     """
-    if isinstance(structure, torch.Tensor):
+    kind = type(structure)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        tensors.append(structure)
+        key.append("T")
+    elif kind is tuple or kind is list:
+        key.append(len(structure))
+        for item in structure:
+            flatten(item, tensors, key, fields, depth)
+    elif kind in _BY_VALUE:
+        key.append(structure)
+    elif kind in _NUMBERS:
+        # Python takes 1, 1.0 and True for equal, and 0.0 and -0.0; recipes do not.
+        key.append(kind)
+        key.append(structure if structure and structure == structure else repr(structure))
+    elif isinstance(structure, torch.Tensor):
         tensors.append(structure)
         key.append("T")
     elif isinstance(structure, SCALARS):
+        key.append(kind)
         key.append(structure)
     elif isinstance(structure, (tuple, list)):
         key.append(len(structure))
@@ -53,9 +84,9 @@ def flatten(
             key.append(name if isinstance(name, str) else repr(name))
             flatten(item, tensors, key, fields, depth)
     elif isinstance(structure, (slice, range)):
-        key.append((type(structure), structure.start, structure.stop, structure.step))
+        key.append((kind, structure.start, structure.stop, structure.step))
     else:
-        key.append(type(structure))
+        key.append(kind)
         if fields is not None and depth < MAX_DEPTH:
             _flatten_fields(structure, tensors, fields, depth + 1)
 
@@ -98,6 +129,9 @@ def _collect(structure: Any, tensors: list[torch.Tensor]) -> None:
         for item in structure.values():
             _collect(item, tensors)
 
+
+_KNOWN_CALLS = 4
+"""Of each block: query and passage, chosen and rejected."""
 
 _GETTERS = (
     torch.get_num_threads,
@@ -154,10 +188,12 @@ _SETTERS: tuple[Callable[[Any], None], ...] = (
 )
 
 
-def autocast_state(device_type: str) -> Any:
-    """The dtype that autocast casts to on a device, or ``None`` where it is off."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
+def autocast_state(tensors: list[torch.Tensor]) -> Any:
+    """The dtype that autocast casts to on the device of ``tensors``, or ``None`` where it is off."""
+    if torch._C._is_any_autocast_enabled():
+        device = tensors[0].device.type if tensors else "cpu"
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
     return None
 
 
@@ -179,31 +215,73 @@ def call_key(
         own: Where the block's parameters and buffers lie, see `storages_of`.
         flags: See `numeric_flags`.
     """
-    device = tensors[0].device.type if tensors else "cpu"
-    return tuple(arguments), describe(tensors, own), training, autocast_state(device), flags, tuple(fields)
+    autocast = autocast_state(tensors)
+    return tuple(arguments), describe(tensors), aliases(tensors, own), training, autocast, flags, tuple(fields)
 
 
-def describe(tensors: list[torch.Tensor], own: dict[int, int]) -> tuple[Any, ...]:
-    """Shapes, strides, dtypes, devices, ``requires_grad`` and the alias pattern of tensor arguments."""
-    pointers: dict[int, int] = {}
+class Signatures:
+    """`call_key` of the calls of one block; those of the last few calls are found again without being built."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        """No call yet."""
+        self._known: list[tuple[Any, list[Any], list[Any], tuple[Any, ...], tuple[Any, ...]]] = []
+
+    def of(
+        self,
+        arguments: list[Any],
+        fields: list[Any],
+        tensors: list[torch.Tensor],
+        training: bool,
+        own: dict[int, int],
+        flags: tuple[Any, ...],
+    ) -> tuple[Any, ...]:
+        """The signature; arguments as those of `call_key`."""
+        autocast = autocast_state(tensors)
+        pattern = aliases(tensors, own)
+        state = (training, autocast, flags, pattern)
+        for guard, known_arguments, known_fields, known_state, signature in self._known:
+            if (
+                arguments == known_arguments
+                and fields == known_fields
+                and state == known_state
+                and guard.check(*tensors)
+            ):
+                return signature
+        signature = call_key(arguments, fields, tensors, training, own, flags)
+        if len(self._known) >= _KNOWN_CALLS:
+            self._known.pop(0)
+        self._known.append((guard_of(tensors), arguments, fields, state, signature))
+        return signature
+
+
+def describe(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    """Shapes, strides, dtypes, devices, ``requires_grad`` and classes of tensor arguments."""
+    return tuple([(t.shape, t.stride(), t.dtype, t.device, t.requires_grad, type(t)) for t in tensors])
+
+
+def aliases(tensors: list[torch.Tensor], own: dict[int, int]) -> tuple[Any, ...]:
+    """Which tensor arguments share storage, with one another or with what the block owns."""
+    seen: dict[int, int] = {}
     parts: list[Any] = []
     for i, t in enumerate(tensors):
-        parts.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, type(t)))
         if type(t) not in _PLAIN:
             continue  # a block that is given one is not replayed
         storage = storage_start(t)
-        first = pointers.setdefault(storage, i)
+        first = seen.setdefault(storage, i)
         if first != i:
-            parts.append((first, t.storage_offset() - tensors[first].storage_offset()))
+            parts.append((i, first, t.storage_offset() - tensors[first].storage_offset()))
         elif storage in own:
-            parts.append(("own", own[storage], t.storage_offset()))
+            parts.append((i, "own", own[storage], t.storage_offset()))
     return tuple(parts)
 
 
 def storage_start(tensor: torch.Tensor) -> int:
     """Where the storage of a strided tensor begins."""
-    start: int = tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()  # type: ignore[assignment]  # no SymInt
-    return start
+    start = tensor.data_ptr()
+    offset: int = tensor.storage_offset()  # type: ignore[assignment]  # no SymInt
+    return start - offset * tensor.element_size() if offset else start
 
 
 def storages_of(slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]) -> dict[int, int]:
@@ -216,55 +294,70 @@ def storages_of(slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]) -
     return found
 
 
+def pointers_of(slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]) -> list[int]:
+    """What `storages_of` depends on."""
+    found: list[Any] = [dictionary.get(name) for (_, name), (_, dictionary) in slots.items()]
+    return [t.data_ptr() if type(t) in _PLAIN and t.layout is torch.strided else 0 for t in found]
+
+
 class Watch:
     """Notices that a block is no longer what it was: a submodule, hook, patched forward or plain attribute changed.
 
-    `unchanged` compares dictionaries by their items, which Python does in C and, for the usual identical values, by
-    identity. Configs (objects with a ``__dict__`` among the attributes) are watched one level deep.
+    `unchanged` compares dictionaries by their keys and values, which Python does in C and, for the usual identical
+    values, by identity. Configs (objects with a ``__dict__`` among the attributes) are watched one level deep.
     """
 
-    __slots__ = ("_configs", "_copies", "_nested", "_trainable", "trainable")
+    __slots__ = ("_empty", "_lists", "_tables", "_trainable", "trainable")
 
     def __init__(self, module: torch.nn.Module) -> None:
         """Take the snapshot of ``module`` and its submodules."""
-        self._copies: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._nested: list[tuple[Any, Any]] = []  # dictionaries and lists among the attributes, and their copies
-        self._configs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        # NOTE [Snapshots]: tuples, not copies of dictionaries. A step touches so much memory that looking at a copy
+        # means waiting for it; keys are shared between blocks, and of what is empty there is no copy at all.
+        self._tables: list[tuple[dict[str, Any], tuple[Any, ...], tuple[Any, ...]]] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._empty: list[Any] = []
         seen: set[int] = set()
         for child in module.modules():
             attributes = child.__dict__
-            self._copies.append((attributes, dict(attributes)))
+            self._add(attributes, seen)
             for name in _NESTED:
                 nested = attributes.get(name)
                 if isinstance(nested, dict):
-                    self._nested.append((nested, dict(nested)))
-            for value in attributes.values():
+                    self._add(nested, seen)
+            for name, value in attributes.items():
+                if name in _OF_HOOKS:
+                    continue
                 inner = getattr(value, "__dict__", None)
-                if (
-                    isinstance(inner, dict)
-                    and not isinstance(value, (torch.nn.Module, torch.Tensor, type))
-                    and id(inner) not in seen
-                ):
+                if isinstance(inner, dict) and not isinstance(value, (torch.nn.Module, torch.Tensor, type)):
                     if not callable(value):
-                        seen.add(id(inner))
-                        self._configs.append((inner, dict(inner)))
-                elif isinstance(value, (dict, list)) and value is not attributes and id(value) not in seen:
-                    seen.add(id(value))
-                    if not any(value is n for n, _ in self._nested):
-                        self._nested.append((value, value.copy()))
+                        self._add(inner, seen)
+                elif isinstance(value, (dict, list)):
+                    self._add(value, seen)
         self._trainable = list(module.parameters())
         self.trainable = tuple(p.requires_grad for p in self._trainable)
 
+    def _add(self, container: dict[str, Any] | list[Any], seen: set[int]) -> None:
+        if id(container) in seen:
+            return
+        seen.add(id(container))
+        if not container:
+            self._empty.append(container)
+        elif isinstance(container, list):
+            self._lists.append((container, container.copy()))
+        else:
+            names = tuple(container)
+            self._tables.append((container, _shared.setdefault(names, names), tuple(container.values())))
+
     def unchanged(self) -> bool:
         """Whether the block is still what it was when the snapshot was taken."""
+        if any(self._empty):
+            return False
         try:
-            for now, then in self._copies:
-                if now != then:
-                    return False
-            for now, then in self._nested:
-                if now != then:
-                    return False
-            for now, then in self._configs:
+            for table, names, values in self._tables:
+                if tuple(table.values()) != values or tuple(table) != names:
+                    if table != dict(zip(names, values, strict=True)):  # order does not count
+                        return False
+            for now, then in self._lists:
                 if now != then:
                     return False
         except (RuntimeError, ValueError, TypeError):
@@ -272,7 +365,10 @@ class Watch:
         return self.trainable == tuple([p.requires_grad for p in self._trainable])
 
 
+_shared: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _NESTED = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+"""Flags of hooks, by their numbers: they change when hooks do."""
 
 
 def parameter_slots(module: torch.nn.Module) -> dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]:
