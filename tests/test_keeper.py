@@ -93,7 +93,7 @@ def test_a_heap_that_takes_a_limit_needs_no_moments(monkeypatch: pytest.MonkeyPa
     process, heap = Process(), Limited()
     kept = keep(process, monkeypatch, heap)
     kept.begin(LIMITS)
-    assert heap.size == 990
+    assert heap.size == 996
     process.hold(900, 900)
     kept.reach(AFTER)
     assert process.free == 900

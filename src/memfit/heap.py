@@ -55,6 +55,10 @@ class Heap:
         if self._other is not None:
             self._set_new_handler(self._other)
 
+    def return_at_once(self, on: bool) -> None:
+        """Hand back whatever is freed, when it is freed: the resident set is then what is alive. Slow."""
+        self._write(b"tcmalloc.aggressive_memory_decommit", ctypes.c_size_t(on))
+
     @property
     def limited(self) -> bool:
         """Whether a limit is in force."""

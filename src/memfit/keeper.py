@@ -12,7 +12,7 @@ from memfit.heap import heap
 from memfit.limits import START, Limits, Moment
 from memfit.memory import Meter
 
-MARGIN_SHARE = 0.01
+MARGIN_SHARE = 0.004
 """Of a budget, for what grows beside the heap: code that runs first, stacks."""
 NO_LIMITS = Limits()
 

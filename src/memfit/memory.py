@@ -14,6 +14,7 @@ import torch
 
 from memfit import host
 from memfit.errors import BudgetError
+from memfit.heap import heap
 from memfit.host import Allocator, allocator
 from memfit.units import Budget, format_bytes, parse_budget
 
@@ -58,6 +59,10 @@ class Meter(ABC):
     @abstractmethod
     def release(self) -> None:
         """Hand freed memory back, so that `now` is what is in use. Slow: every use again is a page fault."""
+
+    def show_what_lives(self, on: bool) -> None:
+        """While on, freed memory goes back at once where that can be had, so that `peak` is of what is alive. Slow."""
+        return
 
     @abstractmethod
     def total(self) -> int:
@@ -108,6 +113,11 @@ class CpuMeter(Meter):
 
     def release(self) -> None:
         host.release()
+
+    def show_what_lives(self, on: bool) -> None:
+        limited = heap()
+        if limited is not None:
+            limited.return_at_once(on)
 
     def total(self) -> int:
         return host.total_bytes() // self._num_ranks

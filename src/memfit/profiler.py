@@ -1,7 +1,7 @@
 """Profile a live training step: memory at every block boundary, counted from outside.
 
-While a step is profiled, freed memory is handed back at each boundary of a block call, so that what the process holds
-is what is alive. From that and what the frames are known to hold follows what lies *outside* the blocks at each moment:
+While a step is profiled, freed memory is handed back at each boundary of a block call, and between block forwards at
+once, so that what the process holds is what is alive. From that and what the frames are known to hold follows what lies *outside* the blocks at each moment:
 weights, gradients born so far, optimizer state, logits, libraries. It is measured, not guessed.
 """
 
@@ -101,6 +101,7 @@ class Profiler:
         """A block's forward begins."""
         read = self._open[call] = CallReading(call.block.name, forward_start=self._settled())
         self.reading.calls.append(read)
+        self._meter.show_what_lives(False)  # ops are timed here: what they allocate should be warm
         self._meter.reset_peak()
 
     def block_left(self, call: Call) -> None:
@@ -111,6 +112,7 @@ class Profiler:
         read.forward_peak = self._peak()
         read.mode, read.program, read.policy, read.tie = call.mode, call.program_key, call.policy, call.tie
         self._settled()
+        self._meter.show_what_lives(True)
         self._meter.reset_peak()
 
     def backward_entered(self, index: int) -> None:
@@ -143,6 +145,7 @@ class Profiler:
     def backward_ended(self) -> None:
         """The optimizer is about to step, or the next forward to begin."""
         self._open.clear()  # forwards that failed
+        self._meter.show_what_lives(False)
         if self.reading.end_peak == 0:
             self.reading.end_peak = self._peak()
             self.reading.gradients_end = self._gradients()
