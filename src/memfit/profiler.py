@@ -1,8 +1,9 @@
 """Profile a live training step: memory at every block boundary, counted from outside.
 
 While a step is profiled, freed memory is handed back at each boundary of a block call, and between block forwards at
-once, so that what the process holds is what is alive. From that and what the frames are known to hold follows what lies *outside* the blocks at each moment:
-weights, gradients born so far, optimizer state, logits, libraries. It is measured, not guessed.
+once, so that what the process holds is what is alive. From that and what the frames are known to hold follows what lies
+*outside* the blocks at each moment: weights, gradients born so far, optimizer state, logits, libraries. It is measured,
+not guessed.
 """
 
 from __future__ import annotations
