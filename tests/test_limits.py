@@ -89,7 +89,7 @@ def test_a_limited_heap_can_do_with_less_for_page_faults():
     slack.expect(1000 * FLOOR, budget=500 * FLOOR, base_bytes=100 * FLOOR)
     assert slack.least == slack.bytes == 51 * FLOOR
     slack.expect(1000 * FLOOR, budget=500 * FLOOR, base_bytes=100 * FLOOR, limited=True)
-    assert (slack.bytes, slack.least) == (13 * FLOOR, 3 * FLOOR)
+    assert (slack.bytes, slack.least) == (21 * FLOOR, 6 * FLOOR)
     assert slack.least_seconds == pytest.approx(CHURN_SHARE * FAULT_SECONDS * 400 * FLOOR)
 
 

@@ -83,11 +83,11 @@ class Block:
 
     def compare_fields(self, signature: tuple[Any, ...], entry: Entry) -> None:
         """Recorded again for what an object among its arguments holds: a counter, if the program is always the same."""
-        key = entry.state.program.timeless_key
+        key = entry.state.key
         same = [
             known
             for known, other in self.entries.items()
-            if known[:-1] == signature[:-1] and known[-1] != signature[-1] and other.state.program.timeless_key == key
+            if known[:-1] == signature[:-1] and known[-1] != signature[-1] and other.state.key == key
         ]
         if len(same) >= _SAME_PROGRAMS:
             self.ignores_fields = True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
+from memfit.entries import ProgramState
 from memfit.errors import MemfitError
 from memfit.limits import Limits, limits
 from memfit.plans import Plan
@@ -35,6 +36,7 @@ class Fitted:
     """A plan in force for one sequence of block calls."""
 
     __slots__ = (
+        "_versions",
         "forward_bytes",
         "limits",
         "names",
@@ -58,9 +60,11 @@ class Fitted:
         profile: StepProfile,
         state_reserved: bool,
         limit: int | None,
+        versions: Mapping[str, int],
     ) -> None:
-        """A plan for ``profile`` that must stay within ``limit`` bytes, if there is one."""
+        """A plan for ``profile`` that must stay within ``limit`` bytes, if there is one; of these program versions."""
         self.plan = plan
+        self._versions = dict(versions)
         self.raw_peak = raw_peak
         self.profiler = profiler
         self.profile = profile
@@ -82,3 +86,7 @@ class Fitted:
         self.peak = 0
         self.steps = 0
         self.state_reserved = state_reserved
+
+    def is_outdated(self, states: Mapping[str, ProgramState]) -> bool:
+        """Whether its programs have shown more since: values that prove themselves, are held anyway, or differ."""
+        return any(key in states and states[key].version != version for key, version in self._versions.items())

@@ -240,7 +240,8 @@ class Handle:
             self._pending = None
             self._fit_sequence(profiler, tuple(sequence))
         for key, fitted in list(self._plans.items()):
-            if fitted.stale or (fitted.state_reserved and self._training.born):
+            born = fitted.state_reserved and self._training.born
+            if fitted.stale or born or fitted.is_outdated(self.runtime.states):
                 self._fit_sequence(fitted.profiler, key)
 
     def _fit_sequence(self, profiler: Profiler, sequence: tuple[tuple[str, str], ...]) -> None:
@@ -283,7 +284,8 @@ class Handle:
         limit = self._budget if isinstance(self._budget, int) else None
         self.plan = replace(plan, predicted_peak_bytes=predicted, budget_bytes=limit)
         limit = predicted if self._budget == "min" else limit
-        fitted = Fitted(self.plan, raw, indices, profiler, profile, not self._training.born, limit)
+        versions = {key: states[key].version for key in programs}
+        fitted = Fitted(self.plan, raw, indices, profiler, profile, not self._training.born, limit, versions)
         if len(self._plans) >= MAX_SEQUENCES:
             self._plans.pop(next(iter(self._plans)))
         self._plans[sequence] = fitted

@@ -152,7 +152,6 @@ class Program:
 
     Attributes:
         key: Hash of everything below that a plan depends on.
-        timeless_key: The same without the versions of saved tensors, which count the steps of weights too.
         nodes, ops: In order of appearance.
         saved: In pack order.
         outputs: Values that the block returns.
@@ -166,7 +165,6 @@ class Program:
     """
 
     key: str = ""
-    timeless_key: str = ""
     nodes: list[ProgramNode] = field(default_factory=list)
     ops: list[ProgramOp] = field(default_factory=list)
     saved: list[SavedTensor] = field(default_factory=list)
@@ -212,7 +210,7 @@ def refs(template: object) -> list[Ref]:
 def seal(program: Program) -> None:
     """Close a program: nothing is added to it any more."""
     _propagate(program)
-    program.key, program.timeless_key = _keys(program)
+    program.key = _key(program)
 
 
 def _propagate(program: Program) -> None:
@@ -236,16 +234,15 @@ def _propagate(program: Program) -> None:
             node.recomputable, node.reason = False, "a later op overwrites it"
 
 
-def _keys(program: Program) -> tuple[str, str]:
-    """Equal for equal programs, on every machine; the second one whatever has been written to the weights before."""
+def _key(program: Program) -> str:
+    """Equal for equal programs, on every machine, whatever has been written to weights and inputs before."""
     digest = sha256()
     for node in program.nodes:
         digest.update(repr((node.storage, node.storage_bytes, node.value, str(node.device), node.leaf)).encode())
     for op in program.ops:
         digest.update(repr((str(op.func), op.args, op.kwargs, op.outputs, op.target, op.random, op.snapshot)).encode())
-    timeless = digest.copy()
-    digest.update(repr([(s.value, s.version) for s in program.saved]).encode())
-    timeless.update(repr([s.value for s in program.saved]).encode())
-    for each in (digest, timeless):
-        each.update(repr((program.outputs, program.graph)).encode())
-    return digest.hexdigest()[:16], timeless.hexdigest()[:16]
+    made = [program.nodes[s.value.node].producer is not None and not s.is_leaf for s in program.saved]
+    versions = [s.version for s, inside in zip(program.saved, made, strict=True) if inside]
+    digest.update(repr([s.value for s in program.saved]).encode())
+    digest.update(repr((versions, program.outputs, program.graph)).encode())
+    return digest.hexdigest()[:16]

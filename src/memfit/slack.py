@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from memfit import keeper
 from memfit.fitted import Fitted
 from memfit.host import allocator
 
 MAX_CORRECTIONS = 4
 SHARE = {"tcmalloc": 0.04, "jemalloc": 0.08, "glibc": 0.1}
 """Of what a step moves; a few percent on CUDA too, for blocks that the caching allocator cannot join."""
-LIMITED_SHARE = 0.012
-"""Where the heap itself keeps a limit: what is too scattered for use goes back, and costs page faults."""
+LIMITED_SHARE, LEAST_SHARE = 0.02, 0.01
+"""Where the heap itself keeps a limit: of what a step moves; and of the budget, at the price of page faults."""
 CUDA_SHARE = 0.05
-FLOOR = 8 * 2**20
+FLOOR = 16 * 2**20
 """For what a step takes beside tensors: scratch of libraries, caches of threads, the rest of a page."""
 SETTLED_STEPS = 3
 ROOM_SHARE = 0.025
@@ -57,7 +56,7 @@ class Slack:
         share = LIMITED_SHARE if limited else self._share
         self.bytes = self.least = int(share * dynamic_bytes) + FLOOR
         if limited and budget is not None:
-            self.least = min(self.bytes, int(keeper.MARGIN_SHARE * budget) + FLOOR)
+            self.least = min(self.bytes, int(LEAST_SHARE * budget) + FLOOR)
             self.least_seconds = CHURN_SHARE * FAULT_SECONDS * max(0, budget - base_bytes)
 
     def settle(self, size: int) -> None:
