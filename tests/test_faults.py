@@ -46,6 +46,7 @@ from faults import (
 )
 from gradients import Tensors, copies, differences
 from memfit.programs import Program
+from memfit.signature import read_arguments
 
 # What changes between two steps --------------------------------------------------------------------------------------
 
@@ -500,6 +501,35 @@ def test_enum_argument() -> None:
         model.column = Column(i == 10)
 
     hold(lambda fit, seen: train(OverwrittenStack(Overwritten), fit, seen, between=between, steps=12))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(0.0, -0.0), (1, True), (np.float32(0.5), np.float32(0.25))], ids=["sign", "type", "numpy"]
+)
+def test_number_argument(before: Any, after: Any) -> None:
+    """Python takes both numbers for equal, or another library's are no floats; what the block computes differs."""
+
+    def factor(number: Any) -> Tensor:
+        if isinstance(number, int):
+            return torch.bitwise_not(torch.tensor(number)).float()  # -2 of the integer, 0 of the boolean
+        return torch.copysign(torch.ones(()) * (0.5 + abs(float(number))), torch.tensor(float(number)))
+
+    class Scaled(Block):
+        def forward(self, x: Tensor, number: Any = 1.0) -> Tensor:
+            x = super().forward(x)
+            return (x * factor(number)).sigmoid() * x
+
+    class ScaledStack(Stack):
+        number: Any = before
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, self.number)
+            return self.head(x).tanh().square().mean()
+
+    hold(lambda fit, seen: train(ScaledStack(Scaled), fit, seen, between=at(10, put(number=after)), steps=12))
+    keys = [read_arguments((number,), {}, objects=True)[1] for number in (before, after)]
+    assert keys[0] != keys[1], "only what stands behind the signature noticed"
 
 
 @dataclasses.dataclass

@@ -127,6 +127,7 @@ class Handle:
             raise ModelError(f"Memfit was removed from this {self._name} before. Call `memfit.fit` to fit it again.")
         self._removed = True
         self._finish_step()
+        self._meter.show_what_lives(False)
         self.runtime.keeper.relax()
         self.runtime.remove()
         for hook in self._hooks:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from enum import Enum
+from numbers import Number
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,9 +72,9 @@ def flatten(
     elif isinstance(structure, torch.Tensor):
         tensors.append(structure)
         key.append("T")
-    elif isinstance(structure, SCALARS):
+    elif isinstance(structure, (*SCALARS, Number)):  # subclasses, enumerations, numbers of other libraries
         key.append(kind)
-        key.append(structure)
+        key.append(repr(structure) if isinstance(structure, Number) else structure)
     elif isinstance(structure, (tuple, list)):
         key.append(len(structure))
         for item in structure:
@@ -346,7 +347,9 @@ class Watch:
             self._lists.append((container, container.copy()))
         else:
             names = tuple(container)
-            self._tables.append((container, _shared.setdefault(names, names), tuple(container.values())))
+            if len(_shared) < _MAX_SHARED:
+                names = _shared.setdefault(names, names)
+            self._tables.append((container, names, tuple(container.values())))
 
     def unchanged(self) -> bool:
         """Whether the block is still what it was when the snapshot was taken."""
@@ -366,6 +369,7 @@ class Watch:
 
 
 _shared: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_MAX_SHARED = 4096  # dictionaries whose keys change would fill it
 _NESTED = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 """Flags of hooks, by their numbers: they change when hooks do."""
