@@ -9,19 +9,13 @@ wrapped once, when the first callback is made. Trainers without the callback do 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from memfit import fit
 from memfit.errors import UsageError
-from memfit.integrations.catches import Catch
-from memfit.integrations.switches import Held, Switches, check_sharding, decides
-from memfit.units import parse_budget
-
-if TYPE_CHECKING:
-    from memfit.autopilot import Handle
-    from memfit.plans import Plan
+from memfit.integrations.callbacks import FittingCallback
+from memfit.integrations.switches import Switches, check_sharding
 
 __all__ = ["MemfitCallback"]
 
@@ -29,7 +23,7 @@ _OPTIMIZERS = ("sgd", "adagrad", "rmsprop", "adafactor")
 """Of those whose state is not AdamW's, the ones that a Trainer calls as `fit` does."""
 
 
-class MemfitCallback(TrainerCallback):  # type: ignore[misc]
+class MemfitCallback(FittingCallback, TrainerCallback):  # type: ignore[misc]
     """Fits the model that a Trainer trains, from the beginning of `train` to its end.
 
     One callback belongs to one Trainer. It copies and pickles as its options.
@@ -46,46 +40,8 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             BudgetError: The budget cannot be read.
         """
-        parse_budget(budget)
-        self.options: dict[str, Any] = {"budget": budget, **options}
-        self.handle: Handle | None = None
-        self.plan: Plan | None = None
-        self._reset()
+        super().__init__(budget, **options)
         _watch(Trainer)
-
-    def _reset(self) -> None:
-        self._catch: Catch | None = None
-        self._held: Held | None = None
-        self._summary: tuple[dict[str, Any], str] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"options": self.options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state["options"])  # type: ignore[misc]
-
-    # Reading
-
-    def summary(self) -> dict[str, Any]:
-        """What was decided, predicted and measured, as data: now, or at the end of the last training.
-
-        Raises:
-            UsageError: No training has begun.
-        """
-        return self._read()[0]
-
-    def report(self) -> str:
-        """The same as text."""
-        return self._read()[1]
-
-    def _read(self) -> tuple[dict[str, Any], str]:
-        if self._catch is not None:
-            return self._catch.summary(), self._catch.report()
-        if self._summary is None:
-            raise UsageError("There is nothing to report: no training has begun. Call `trainer.train()` first.")
-        return self._summary
-
-    # Fitting
 
     def begin(self, trainer: Any) -> None:
         """The trainer's loop begins; its model is still itself.
@@ -94,45 +50,13 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
             UsageError: FSDP is to checkpoint activations as well, or the callback is at work in another Trainer.
             MemfitError: As `memfit.fit`.
         """
-        if self.handle is not None:
-            raise UsageError("This MemfitCallback is at work in another Trainer. Give each Trainer one of its own.")
         check_sharding(trainer.args, getattr(trainer, "accelerator", None))
-        model = trainer.model
         switches = Switches.of_arguments(trainer.args)
-        self._reset()
-        self._held = Held(model, trainer)
-        if self._held.was_on and not switches.flag:
-            switches = Switches("gradient_checkpointing_enable()")
-        options = switches.options(self.options)
-        if options.get("optimizer") is None:
-            options["optimizer"] = _optimizer_of(trainer)
-        try:
-            self.handle = fit(model, **options)
-        except BaseException:
-            self._held.restore()
-            raise
-        notes = [*switches.notes(decided=decides(self.options)), *self._held.notes]
-        self._catch = Catch(self.handle, notes)
+        self.start(trainer.model, switches=switches, trainer=trainer, optimizer=_optimizer_of(trainer))
         # What is logged must be there before TensorBoard and the like read it.
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Training is over, by an error perhaps: the model is what it was, the report stays. A second call does
-        nothing."""
-        catch, self._catch = self._catch, None
-        handle, self.handle = self.handle, None
-        if catch is None or handle is None:
-            return
-        self._summary = catch.summary(), catch.report()
-        self.plan = handle.plan
-        handle.__exit__(None if error is None else type(error), error, None)
-        if self._held is not None:
-            self._held.restore()
-            self._held = None
-
-    # Events
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A Trainer is there: refuse what can be refused before anything is loaded."""
@@ -152,9 +76,9 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add our metrics to those of training."""
-        if self._catch is None or logs is None or not {"loss", "train_runtime"} & logs.keys():
+        if logs is None or not {"loss", "train_runtime"} & logs.keys():
             return
-        metrics = self._catch.metrics()
+        metrics = self.metrics()
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
