@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -470,3 +473,88 @@ def test_memfit_does_not_import_transformers():
     code = "import memfit, memfit.integrations.switches, memfit.integrations.catches, sys; memfit.fit; "
     code += "sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+RANKS = """
+import sys
+import torch
+
+sys.path.insert(0, {folder!r})
+torch.set_num_threads(1)
+from training import assert_planned, history, llama, rows
+from transformers import Trainer, TrainingArguments
+from memfit.integrations.transformers import MemfitCallback
+
+def run(callback, **changes):
+    arguments = TrainingArguments(
+        "out", max_steps=4, per_device_train_batch_size=2, logging_steps=1, report_to=[], disable_tqdm=True,
+        use_cpu=True, save_strategy="no", seed=3, learning_rate=1e-2, **changes,
+    )
+    trainer = Trainer(llama(), arguments, train_dataset=rows(), callbacks=[callback] if callback else [])
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    return [history(trainer), history(trainer, "grad_norm")]
+
+callback = MemfitCallback(budget="min")
+{run}
+"""
+
+
+def two_ranks(folder, run):
+    (folder / "train.py").write_text(RANKS.format(folder=str(Path(__file__).parent), run=run))
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+
+
+def test_two_ranks_with_ddp(tmp_path):
+    done = two_ranks(
+        tmp_path,
+        """
+assert run(None) == run(callback)
+assert torch.distributed.get_world_size() == 2
+assert_planned(callback.summary())
+sys.stdout.write("the same\\n")
+""",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the same") == 2
+
+
+def test_checkpointing_by_fsdp_is_refused(tmp_path):
+    done = two_ranks(tmp_path, "run(callback, fsdp=True, fsdp_config={'activation_checkpointing': True})")
+    assert done.returncode != 0
+    assert "memfit.errors.UsageError: `fsdp_config['activation_checkpointing']` is on" in done.stderr
+    assert "Remove it to keep Memfit, or remove Memfit to keep it." in done.stderr
+
+
+def test_checkpointing_by_the_configuration_of_accelerate_is_refused(tmp_path):
+    """`accelerate config` reaches the Trainer by its plugin, not by its arguments."""
+    callback = MemfitCallback(budget="min")
+    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=rows(), callbacks=[callback])
+    trainer.accelerator = types.SimpleNamespace(
+        state=types.SimpleNamespace(fsdp_plugin=types.SimpleNamespace(activation_checkpointing=True))
+    )
+    with pytest.raises(UsageError, match="fsdp_activation_checkpointing"):
+        callback.begin(trainer)
+
+
+def test_the_model_is_fitted_before_it_is_wrapped(tmp_path):
+    """Accelerate compiles and shards in `prepare`."""
+    callback = MemfitCallback(budget="min")
+    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=rows(), callbacks=[callback])
+    prepare, seen = trainer.accelerator.prepare, []
+
+    def watched(*args, **kwargs):
+        seen.append((callback.handle is not None, [type(a).__name__ for a in args]))
+        return prepare(*args, **kwargs)
+
+    trainer.accelerator.prepare = watched
+    trainer.train()
+    assert (True, ["LlamaForCausalLM", "AdamW"]) in seen

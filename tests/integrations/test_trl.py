@@ -206,27 +206,26 @@ def test_selective_checkpointing_without_a_budget(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "reward"])
 def test_activation_offloading_is_taken_over(tmp_path, tokenizer, name):
-    """It is TRL's own context around the step: what Memfit plans must not be offloaded beside."""
-    if not torch.cuda.is_available():
-        # Its context asks for a GPU when it is made, so a context with the same hooks takes its place.
-        entered = []
+    """It is a context of TRL around the step: beside it, Memfit would have to step aside.
 
-        class Offloading(torch.autograd.graph.saved_tensors_hooks):
-            def __init__(self):
-                super().__init__(lambda tensor: tensor, lambda tensor: tensor)
+    The real one wants a GPU when it is made. One with the same kind of hooks takes its place.
+    """
+    entered = []
 
-            def __enter__(self):
-                entered.append(self)
-                return super().__enter__()
+    class Offloading(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self):
+            super().__init__(lambda tensor: tensor, lambda tensor: tensor)
 
-        original = STACKS[name][0]
+        def __enter__(self):
+            entered.append(self)
+            return super().__enter__()
 
-        class Trainer(original):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                self.maybe_activation_offload_context = self.own = Offloading()
+    class Trainer(STACKS[name][0]):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.maybe_activation_offload_context = self.own = Offloading()
 
-        stack = (Trainer, *STACKS[name][1:])
+    stack = (Trainer, *STACKS[name][1:])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STACKS, name, stack)
         callback = MemfitCallback(budget="min")
