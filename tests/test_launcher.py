@@ -290,3 +290,85 @@ def test_what_was_taken_over_is_noted(launcher, recorder, bert, batch):
     bert.activation_checkpointing_enable()
     note = "`BertForSequenceClassification` was told to checkpoint its activations: taken over by the plan."
     assert [catch.notes for catch in launcher.catches] == [[note, note]]
+
+
+def test_each_switch_is_explained_by_one_line(recorder, bert, batch):
+    launcher = Launcher(recorder, {"budget": "6GiB"})
+    launcher.install()
+    try:
+        kwargs = {"use_reentrant": True}
+        bert.activation_checkpointing_enable(kwargs, every_n_layers=2, offload=True)
+        bert(**batch)
+    finally:
+        launcher.remove()
+    assert recorder.options == [{"budget": "6GiB"}]
+    notes = launcher.catches[0].notes
+    assert [note.partition("`")[2].partition("`")[0] for note in notes] == [
+        "BertForSequenceClassification",
+        "use_reentrant=True",
+        "every_n_layers=2",
+        "offload=True",
+    ]
+    assert all("taken over" in note for note in notes)
+
+
+def test_without_a_budget_the_switches_decide(recorder, bert, batch):
+    launcher = Launcher(recorder, {})
+    launcher.install()
+    try:
+        bert.activation_checkpointing_enable(every_n_layers=2)
+        bert(**batch)
+    finally:
+        launcher.remove()
+    assert recorder.options == [{"policy": "full", "every_n_layers": 2}]
+
+
+def test_the_hook_that_caught_is_named(launcher, recorder, bert, batch, tmp_path, x):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": batch["input_ids"][0], "labels": batch["labels"][0]} for _ in range(4)]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no"
+    )
+    Stack()(x)
+    Trainer(bert, arguments, train_dataset=rows).train()
+    assert [catch.caught for catch in launcher.catches] == [
+        "`Stack` was caught by its first training forward",
+        "`BertForSequenceClassification` was caught by transformers' Trainer, when its training loop began",
+    ]
+
+
+def test_what_did_not_train_is_named_with_its_reason(launcher, recorder, x):
+    class Scored(Stack):
+        pass
+
+    class Frozen(Stack):
+        pass
+
+    Scored().eval()(x)
+    with torch.no_grad():
+        Stack()(x)
+    Frozen().requires_grad_(False)(x)
+    assert launcher.catches == []
+    assert launcher.idle == {
+        "Scored": "called in evaluation mode",
+        "Stack": "called without gradients",
+        "Frozen": "none of its parameters trains",
+    }
+
+
+def test_what_the_script_fits_itself_is_reported_and_left_alone(x):
+    import memfit
+
+    model = Stack()
+    handle = memfit.fit(model, blocks=["layers.0", "layers.1"])
+    launcher = Launcher(memfit.fit, {"budget": "min"})
+    launcher.install()
+    try:
+        model(x)
+    finally:
+        launcher.remove()
+        handle.remove()
+    assert [catch.handle for catch in launcher.catches] == [handle]
+    assert "its options hold" in launcher.catches[0].caught
+    assert launcher.catches[0].summary()["budget"] is None

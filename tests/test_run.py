@@ -275,6 +275,27 @@ def test_a_trainer_is_fitted(shell, plain, arguments):
     assert len(summary["blocks"]) == 3
     assert {block["mode"] for block in summary["blocks"]} == {"replay"}
     assert any("taken over" in note for note in summary["notes"]) == bool(arguments)
+    assert "caught by transformers' Trainer" in summary["notes"][0]
+
+
+def test_a_trainer_with_a_callback_of_its_own_keeps_it(shell):
+    script = TRAINER.replace(
+        "train_dataset=rows)", "train_dataset=rows, callbacks=[MemfitCallback(policy='selective')])"
+    ).replace("import sys, torch", "import sys, torch\nfrom memfit.integrations.transformers import MemfitCallback")
+    shell.write("train.py", script)
+    done = shell.run("--budget", "min", "--report", "report.json", "--", "train.py")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((shell.folder / "report.json").read_text())
+    assert summary["budget"] is None
+    assert summary["recomputed_bytes"] > 0
+    assert "which fitted it itself" in summary["notes"][0]
+
+
+def test_a_script_that_only_evaluates_is_told_so(shell):
+    shell.write("score.py", SCRIPT + "\nbuild()[0].eval()(torch.randn(3, 32))\n")
+    done = shell.run("--budget", "min", "--", "score.py")
+    assert done.returncode == 5
+    assert done.stderr == "memfit: nothing was fitted:\n  Model: called in evaluation mode\n"
 
 
 def test_a_plan_made_offline_is_applied(shell):

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from memfit import host
 from memfit.cli.options import add_budget, read_budget
 from memfit.errors import UsageError
 from memfit.integrations import script
-from memfit.integrations.launcher import Catch, Launcher
+from memfit.integrations.launcher import Launcher
 from memfit.plans import Plan
 from memfit.report.text import render
 
@@ -94,12 +95,6 @@ def _fit(model: Any, **options: Any) -> Any:
     return memfit.fit(model, **options)
 
 
-def _summary(catch: Catch) -> dict[str, Any]:
-    summary = dict(catch.handle.summary())
-    notes = dict.fromkeys([*(summary.get("notes") or ()), *catch.notes])
-    return {**summary, "notes": list(notes)}
-
-
 def _rank() -> int:
     try:
         return int(os.environ.get("RANK", "0"))
@@ -123,14 +118,13 @@ def _report_path(path: Path) -> Path:
 
 def _report(launcher: Launcher, path: Path | None, *, failed: bool) -> None:
     """Print the report to stderr (rank 0 only) and write it to its file."""
-    summaries = [_summary(catch) for catch in launcher.catches]
+    summaries = [catch.summary() for catch in launcher.catches]
     if summaries:
         text = "\n\n".join(render(summary) for summary in summaries)
     elif failed and not launcher.refused:
         return
     else:
-        reasons = [f"  {name}: {reason}" for name, reason in launcher.refused.items()]
-        text = "\n".join(["memfit: nothing was fitted" + (":" if reasons else ": no model was trained."), *reasons])
+        text = _why_nothing({**launcher.idle, **launcher.refused})
     if _rank() == 0:
         print(text, file=sys.stderr, flush=True)
     if path is None:
@@ -143,6 +137,13 @@ def _report(launcher: Launcher, path: Path | None, *, failed: bool) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         print(f"memfit: cannot write the report to `{path}`: {error.strerror}.", file=sys.stderr)
+
+
+def _why_nothing(reasons: Mapping[str, str]) -> str:
+    """Why no hook caught a model: what was seen, or that nothing was."""
+    if not reasons:
+        return "memfit: nothing was fitted: no model was trained."
+    return "\n".join(["memfit: nothing was fitted:", *(f"  {name}: {reason}" for name, reason in reasons.items())])
 
 
 def _start_under_tcmalloc() -> None:

@@ -3,12 +3,14 @@
 Three catches, each installed when the script imports what it hangs on; nothing is imported on our account:
 
 1. `transformers.Trainer`: its model, when the training loop is entered. The model is then still itself, before
-   accelerate wraps, shards or compiles it.
+   accelerate wraps, shards or compiles it. Its switches are taken over as by `MemfitCallback`.
 2. `gradient_checkpointing_enable` and `activation_checkpointing_enable` of a Hugging Face model: what is asked for is
    taken over. The model is fitted at its first training forward, not in the call: LoRA, freezing and the move to the
    device usually come after it.
 3. Otherwise the first module that is called from outside any other module, in training mode, with grad, with parameters
    that train, and that has blocks.
+
+A model that the script fits itself, by `memfit.fit` or a callback, keeps the script's options, and is reported.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from memfit.errors import ModelError
+from memfit.integrations.catches import Catch
 from memfit.integrations.imports import ImportWatcher
+from memfit.integrations.switches import Held, Switches, check_sharding, decides
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +33,9 @@ if TYPE_CHECKING:
 
 _ENABLE = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
 _TAKEN_OVER = "`{name}` was told to checkpoint its activations: taken over by the plan."
-
-
-@dataclass(slots=True)
-class Catch:
-    """One fitted model: its handle, and what the report should say about how it was caught."""
-
-    handle: Handle
-    notes: list[str] = field(default_factory=list)
+_CAUGHT = "`{name}` was caught by {hook}"
+_BY_TRAINER = "transformers' Trainer, when its training loop began"
+_BY_CALL = "its first training forward"
 
 
 class Launcher:
@@ -46,16 +44,18 @@ class Launcher:
     Attributes:
         catches: The fitted models, in order.
         refused: Modules that trained but could not be fitted: class name to reason.
+        idle: Modules that were called and did not train: class name to reason.
     """
 
     def __init__(self, fit: Callable[..., Handle], options: Mapping[str, object]) -> None:
         self.catches: list[Catch] = []
         self.refused: dict[str, str] = {}
+        self.idle: dict[str, str] = {}
         self._fit = fit
         self._options = dict(options)
         # Modules are compared by identity. All references are weak: what the script drops may go.
         self._fitted: weakref.WeakKeyDictionary[torch.nn.Module, Catch] = weakref.WeakKeyDictionary()
-        self._asked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._asked: weakref.WeakKeyDictionary[torch.nn.Module, Switches] = weakref.WeakKeyDictionary()
         self._passed_over: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
         self._first_call: _FirstCall | None = None
@@ -80,24 +80,33 @@ class Launcher:
         while self._undo:
             self._undo.pop()()
 
-    def fit(self, model: torch.nn.Module) -> None:
+    def fit(self, model: torch.nn.Module, hook: str = _BY_CALL) -> Catch | None:
         """Fit a model that trains, once. One that cannot be fitted is passed over, with its reason."""
         model = _unwrap(model)
-        if any(module in self._fitted for module in model.modules()):
-            return
+        known = [self._fitted[module] for module in model.modules() if module in self._fitted]
+        if known:
+            return known[0]
+        asked = {module: self._asked[module] for module in model.modules() if module in self._asked}
+        switches = next(iter(asked.values()), Switches())
+        handle = _own_handle(model)
+        hook = hook if handle is None else "the script, which fitted it itself: its options hold"
         try:
-            handle = self._fit(model, **self._options)
+            handle = handle or self._fit(model, **switches.options(self._options))
         except ModelError as error:
             self._passed_over.add(model)
             self.refused[type(model).__name__] = str(error)
-            return
-        catch = Catch(handle)
+            return None
+        catch = Catch(handle, caught=_CAUGHT.format(name=type(model).__name__, hook=hook))
         self.catches.append(catch)
         for module in model.modules():
             self._fitted[module] = catch
-            if module in self._asked:
-                self._asked.discard(module)
-                catch.notes.append(_TAKEN_OVER.format(name=type(module).__name__))
+        for module in asked:
+            self._note(catch, module, self._asked.pop(module))
+        return catch
+
+    def _note(self, catch: Catch, module: torch.nn.Module, switches: Switches) -> None:
+        catch.notes.append(_TAKEN_OVER.format(name=type(module).__name__))
+        catch.notes += switches.notes(decided=decides(self._options))[1:]
 
     @property
     def is_waiting(self) -> bool:
@@ -108,12 +117,20 @@ class Launcher:
         """A module is called from outside any other module."""
         import torch
 
-        if not self.is_waiting or module in self._passed_over or not (module.training and torch.is_grad_enabled()):
+        if not self.is_waiting or module in self._passed_over:
             return
         if self.catches and not any(part in self._asked for part in module.modules()):
             return
-        if any(parameter.requires_grad for parameter in module.parameters()):
+        why = ""
+        if not (module.training and torch.is_grad_enabled()):
+            why = "called in evaluation mode" if not module.training else "called without gradients"
+        elif not any(parameter.requires_grad for parameter in module.parameters()):
+            why = "none of its parameters trains" if any(True for _ in module.parameters()) else ""
+        else:
             self.fit(module)
+            return
+        if why:
+            self.idle[type(module).__name__] = why
 
     def _watch_torch(self, torch: ModuleType) -> None:
         self._first_call = _FirstCall(self, torch.nn.Module)
@@ -129,10 +146,11 @@ class Launcher:
         @functools.wraps(original)
         def enable(model: torch.nn.Module, *args: object, **kwargs: object) -> None:
             catch = self._fitted.get(model)
+            switches = Switches.of_call(f"{original.__name__}()", args, kwargs)
             if catch is not None:
-                catch.notes.append(_TAKEN_OVER.format(name=type(model).__name__))
+                self._note(catch, model, switches)
                 return
-            self._asked.add(model)
+            self._asked[model] = switches
             if self._first_call is not None:
                 self._first_call.arm()
 
@@ -157,8 +175,16 @@ class Launcher:
     def _fit_trained(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def loop(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            self.fit(trainer.model)
-            return original(trainer, *args, **kwargs)
+            check_sharding(trainer.args, getattr(trainer, "accelerator", None))
+            catch = self.fit(trainer.model, _BY_TRAINER)
+            if catch is None:
+                return original(trainer, *args, **kwargs)
+            held = Held(trainer.model, trainer)
+            catch.notes += held.notes
+            try:
+                return original(trainer, *args, **kwargs)
+            finally:
+                held.restore()
 
         return loop
 
@@ -209,6 +235,14 @@ class _FirstCall:
         """The class has its own `__call__` again. Somebody else's replacement is left alone."""
         if self._class.__call__ is self._replacement:
             self._class.__call__ = self._original
+
+
+def _own_handle(model: torch.nn.Module) -> Handle | None:
+    """The handle of a model that somebody else has fitted, or of a part of it."""
+    from memfit.handle import fitted_models
+
+    references = [fitted_models[module] for module in model.modules() if module in fitted_models]
+    return references[0]() if references else None
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:

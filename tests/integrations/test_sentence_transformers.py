@@ -1,0 +1,254 @@
+"""Embedders, rerankers and sparse encoders under their own trainers with `MemfitCallback`, cached losses included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers")
+
+from datasets import Dataset
+from sentence_transformers import (
+    CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+    SparseEncoder,
+    SparseEncoderTrainer,
+    SparseEncoderTrainingArguments,
+)
+from sentence_transformers.cross_encoder import losses as rerankings
+from sentence_transformers.sentence_transformer import losses as embeddings
+from sentence_transformers.sparse_encoder import losses as sparse
+from training import (
+    TEXT,
+    assert_planned,
+    assert_same_weights,
+    assert_untouched,
+    bert,
+    history,
+    save_tokenizer,
+    weights,
+    written,
+)
+
+from memfit.integrations.transformers import MemfitCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*gather.*:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models on disk, with their tokenizers, as `from_pretrained` wants them."""
+    kinds = {"embedder": "BertModel", "reranker": "BertForSequenceClassification", "sparse": "BertForMaskedLM"}
+    found = {}
+    for name, kind in kinds.items():
+        found[name] = str(tmp_path_factory.mktemp(name))
+        bert(kind, **({"num_labels": 1} if name == "reranker" else {})).save_pretrained(found[name])
+        save_tokenizer(found[name])
+    return found
+
+
+def halves():
+    words = [text.split() for text in TEXT]
+    return [" ".join(w[: len(w) // 2]) for w in words], [" ".join(w[len(w) // 2 :]) for w in words]
+
+
+def pairs():
+    first, second = halves()
+    return Dataset.from_dict({"anchor": first, "positive": second})
+
+
+def triplets():
+    first, second = halves()
+    return Dataset.from_dict({"anchor": first, "positive": second, "negative": second[1:] + second[:1]})
+
+
+def scored():
+    first, second = halves()
+    return Dataset.from_dict(
+        {"sentence1": first * 2, "sentence2": second + second[1:] + second[:1], "label": [1.0] * 12 + [0.0] * 12}
+    )
+
+
+EMBEDDERS = {
+    "in-batch negatives": (embeddings.MultipleNegativesRankingLoss, pairs, {}),
+    "triplets": (embeddings.MultipleNegativesRankingLoss, triplets, {}),
+    "cached": (embeddings.CachedMultipleNegativesRankingLoss, triplets, {"mini_batch_size": 2}),
+    "cached by tokens": (
+        embeddings.CachedMultipleNegativesRankingLoss,
+        pairs,
+        {"mini_batch_num_tokens": 128},
+    ),
+    "cached, uneven": (embeddings.CachedMultipleNegativesRankingLoss, pairs, {"mini_batch_size": 3}),
+    "cached, gathered": (
+        embeddings.CachedMultipleNegativesRankingLoss,
+        pairs,
+        {"mini_batch_size": 2, "gather_across_devices": True},
+    ),
+    "gathered": (embeddings.MultipleNegativesRankingLoss, pairs, {"gather_across_devices": True}),
+    "cosine": (embeddings.CosineSimilarityLoss, scored, {}),
+}
+
+
+def arguments(kind, folder, **changes):
+    options = {
+        "max_steps": 5,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+        "seed": 3,
+    }
+    return kind(folder, **{**options, **changes})
+
+
+def trained(kinds, folder, model, loss, data, callback=None, **changes):
+    trainer_class, arguments_class = kinds
+    trainer = trainer_class(
+        model,
+        args=arguments(arguments_class, folder, **changes),
+        train_dataset=data,
+        eval_dataset=data,
+        loss=loss(model),
+        callbacks=[callback] if callback is not None else [],
+    )
+    trainer.train()
+    return trainer
+
+
+def assert_the_same(plain, fitted, callback):
+    assert len(history(plain)) == 5
+    assert history(fitted) == history(plain)
+    assert history(fitted, "grad_norm") == history(plain, "grad_norm")
+    assert history(fitted, "eval_loss") == history(plain, "eval_loss")
+    assert len(history(plain, "eval_loss")) == 3
+    assert_same_weights(weights(fitted.model), weights(plain.model))
+    assert_planned(callback.summary())
+    assert_untouched(fitted.model)
+    assert history(fitted, "memfit/predicted_peak_bytes")
+
+
+EMBEDDER = (SentenceTransformerTrainer, SentenceTransformerTrainingArguments)
+RERANKER = (CrossEncoderTrainer, CrossEncoderTrainingArguments)
+SPARSE = (SparseEncoderTrainer, SparseEncoderTrainingArguments)
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_embedders(folders, tmp_path, name):
+    loss, data, options = EMBEDDERS[name]
+
+    def run(callback):
+        model = SentenceTransformer(folders["embedder"], device="cpu")
+        return trained(EMBEDDER, tmp_path, model, lambda m: loss(m, **options), data(), callback)
+
+    callback = MemfitCallback(budget="min")
+    assert_the_same(run(None), run(callback), callback)
+
+
+def test_dropout_is_on_in_these_runs(folders):
+    """Else equal losses would say nothing of random numbers."""
+    model = SentenceTransformer(folders["embedder"], device="cpu").train()
+    features = model.preprocess(TEXT[:2])
+    first, second = (model(dict(features))["sentence_embedding"] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("flags", [{"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize("name", ["in-batch negatives", "cached"])
+def test_embedders_with_the_trainers_own_switches(folders, tmp_path, name, flags):
+    loss, data, options = EMBEDDERS[name]
+
+    def run(callback, **changes):
+        model = SentenceTransformer(folders["embedder"], device="cpu")
+        return trained(EMBEDDER, tmp_path, model, lambda m: loss(m, **options), data(), callback, **changes)
+
+    callback = MemfitCallback(budget="min")
+    plain = run(None, **{k: v for k, v in flags.items() if k != "gradient_checkpointing"})
+    assert_the_same(plain, run(callback, **flags), callback)
+    notes = callback.summary()["notes"]
+    assert any("_checkpointing=True` was taken over" in note for note in notes) == ("gradient_checkpointing" in flags)
+
+
+def test_embeddings_and_files_after_training(folders, tmp_path):
+    seen = []
+    for run, callback in (("plain", None), ("fitted", MemfitCallback(budget="min"))):
+        model = SentenceTransformer(folders["embedder"], device="cpu")
+        trainer = trained(EMBEDDER, tmp_path, model, embeddings.MultipleNegativesRankingLoss, pairs(), callback)
+        model.save_pretrained(tmp_path / run, create_model_card=False)
+        seen.append((model.encode(TEXT), written(tmp_path / run)))
+        assert trainer.model is model
+    assert (seen[0][0] == seen[1][0]).all()
+    assert "model.safetensors" in seen[0][1]
+    assert seen[0][1] == seen[1][1]
+
+
+RERANKERS = {
+    "pointwise": (rerankings.BinaryCrossEntropyLoss, scored, {}),
+    "in-batch negatives": (rerankings.MultipleNegativesRankingLoss, pairs, {"num_negatives": 2}),
+    "cached": (
+        rerankings.CachedMultipleNegativesRankingLoss,
+        pairs,
+        {"num_negatives": 2, "mini_batch_size": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RERANKERS)
+def test_rerankers(folders, tmp_path, name):
+    loss, data, options = RERANKERS[name]
+
+    def run(callback):
+        model = CrossEncoder(folders["reranker"], device="cpu", num_labels=1)
+        return trained(RERANKER, tmp_path, model, lambda m: loss(m, **options), data(), callback)
+
+    callback = MemfitCallback(budget="min")
+    plain, fitted = run(None), run(callback)
+    assert_the_same(plain, fitted, callback)
+    questions = list(zip(*halves(), strict=True))
+    assert (fitted.model.predict(questions) == plain.model.predict(questions)).all()
+
+
+def splade(model, **options):
+    return sparse.SpladeLoss(
+        model,
+        loss=sparse.SparseMultipleNegativesRankingLoss(model, **options),
+        document_regularizer_weight=1e-3,
+        query_regularizer_weight=1e-3,
+    )
+
+
+def cached_splade(model):
+    return sparse.CachedSpladeLoss(
+        model,
+        loss=sparse.SparseMultipleNegativesRankingLoss(model),
+        document_regularizer_weight=1e-3,
+        query_regularizer_weight=1e-3,
+        mini_batch_size=2,
+    )
+
+
+@pytest.mark.parametrize("loss", [splade, cached_splade], ids=lambda loss: loss.__name__)
+def test_sparse_encoders(folders, tmp_path, loss):
+    def run(callback):
+        model = SparseEncoder(folders["sparse"], device="cpu")
+        return trained(SPARSE, tmp_path, model, loss, pairs(), callback)
+
+    callback = MemfitCallback(budget="min")
+    plain, fitted = run(None), run(callback)
+    assert_the_same(plain, fitted, callback)
+    first, second = (trainer.model.encode(TEXT).to_dense() for trainer in (plain, fitted))
+    assert torch.equal(first, second)
