@@ -18,6 +18,7 @@ from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
 from memfit.programs import Leaf
 from memfit.replay import CompiledPolicy, generator_of
+from memfit.sharding import place_of
 from memfit.storages import PLAIN_TYPES, is_small
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ class Call:
         frame = Frame(self.block.name, compiled)
         if compiled.dropped or compiled.returned is not None:
             frame.flags = self.flags
+            frame.sharded = self.block.sharded
             states = self.states or {}
             frame.states = {packed: states[packed] for packed in compiled.snapshots}
             for number in compiled.parameter_nodes:
@@ -215,7 +217,8 @@ class Call:
                     leaf = compiled.program.nodes[number].leaf
                     if leaf is not None and leaf.kind == "buffer" and is_small(tensor):
                         tensor = tensor.detach().clone()
-                    frame.parameters[number] = (tensor, tensor.data_ptr(), tensor._version)
+                    place = place_of(tensor) if frame.sharded else tensor.data_ptr()
+                    frame.parameters[number] = (tensor, place, tensor._version)
         return frame
 
     def cells(self, inputs: Inputs | None = None) -> dict[int, tuple[torch.Tensor, int]]:
@@ -335,9 +338,11 @@ class Call:
                 frame.inputs.add(0, given, version, saved=is_saved, held=False)
                 version = alias._version
             frame.versions.append((alias, version, alias.data_ptr(), is_saved))
+        frame.sharded = self.block.sharded
         for parameter in parameters:
             pointer = parameter.data_ptr()
-            frame.versions.append((parameter, parameter._version, pointer, pointer in saved))
+            place = place_of(parameter) if frame.sharded else pointer
+            frame.versions.append((parameter, parameter._version, place, pointer in saved))
         dropped: dict[int, torch.Tensor] = {}
         for handle in self.handles:
             tensor = handle.tensor

@@ -14,6 +14,7 @@ from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.frames import Handle, kept, passes
 from memfit.inputs import Inputs
 from memfit.replay import generator_of
+from memfit.sharding import place_of
 from memfit.signature import SCALARS, numeric_flags, plain_attributes, set_numeric_flags
 from memfit.storages import is_small
 
@@ -46,6 +47,7 @@ class ReplayOfModule:
         "module",
         "samples",
         "settings",
+        "sharded",
         "states",
         "task",
         "touched",
@@ -74,6 +76,7 @@ class ReplayOfModule:
         self.listener: Callable[[], None] | None = None
         self.flags = numeric_flags()
         self.settings: _Settings = []
+        self.sharded = False
         for child in module.modules():
             buffers: dict[str, Any] = dict(child._buffers)
             for name, buffer in child._buffers.items():
@@ -131,8 +134,9 @@ class ReplayOfModule:
             self.touched = False
 
     def _run(self) -> None:
-        for tensor, version, pointer, is_saved in self.versions:
-            if tensor._version != version or tensor.data_ptr() != pointer:
+        for tensor, version, place, is_saved in self.versions:
+            sharded = self.sharded and isinstance(tensor, torch.nn.Parameter)
+            if tensor._version != version or (place_of(tensor) if sharded else tensor.data_ptr()) != place:
                 if not is_saved:
                     self._doubt(WRITTEN)
                 raise ChangedTensorError(

@@ -17,6 +17,7 @@ from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.narrowing import widen
 from memfit.replay import NARROW, CompiledPolicy, Restorer
+from memfit.sharding import place_of
 from memfit.signature import numeric_flags, set_numeric_flags
 from memfit.steps import view_of
 
@@ -115,6 +116,7 @@ class Frame:
         "restorer",
         "same_flags",
         "samples",
+        "sharded",
         "states",
         "task",
         "touched",
@@ -135,6 +137,7 @@ class Frame:
         self.hashes: dict[int, torch.Tensor] | None = None
         self.holders: Holders | None = None
         self.flags: tuple[Any, ...] = ()
+        self.sharded = False
         self.same_flags = True
         self.listener: Callable[[], None] | None = None
         self.demote: Callable[[int, float], None] | None = None
@@ -240,15 +243,13 @@ class Frame:
 
     def _add_parameters(self, nodes: tuple[int, ...], leaves: list[tuple[int, torch.Tensor]]) -> None:
         for node in nodes:
-            tensor, pointer, version = self.parameters[node]
-            if tensor._version != version or tensor.data_ptr() != pointer:
+            tensor, place, version = self.parameters[node]
+            if tensor._version != version or (place_of(tensor) if self.sharded else tensor.data_ptr()) != place:
                 leaf = self.compiled.program.nodes[node].leaf
                 name = f"{self.block}.{leaf.owner}.{leaf.name}".replace("..", ".") if leaf is not None else self.block
-                how = (
-                    f"is at version {tensor._version}, was {version}"
-                    if tensor._version != version
-                    else "has other data"
-                )
+                how = f"is at version {tensor._version}, was {version}" if tensor._version != version else "has other data"
+                if self.sharded and not place_of(tensor):
+                    how = "is not gathered"
                 raise ChangedTensorError(
                     f"one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"`{name}` changed between forward and backward ({how}), and a recipe of block `{self.block}` "

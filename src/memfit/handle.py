@@ -35,6 +35,7 @@ from memfit.profiles import ProgramProfile, StepProfile
 from memfit.report.text import render
 from memfit.request import Request
 from memfit.runtime import Runtime
+from memfit.sharding import class_name
 from memfit.slack import Slack
 from memfit.solver.frontier import block_options
 from memfit.solver.planner import solve
@@ -60,7 +61,7 @@ class Handle:
         """Use `fit`."""
         self.plan: Plan | None = None
         self._model = weakref.ref(model)
-        self._name = type(model).__name__
+        self._name = class_name(model)
         self._device = device
         self._budget = budget
         self._meter: Meter = meter(device)
@@ -198,6 +199,7 @@ class Handle:
         self._clock.tick()
         needed = not self._plans or self._last_was_unplanned
         if needed and not self._measures_only:
+            self._training.look()
             self._profiler = Profiler(self._meter, self._training.gradient_bytes, self._training.state_bytes)
             self.runtime.listener = self._profiler
             self.exhaustion.begin()

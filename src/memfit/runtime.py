@@ -73,6 +73,7 @@ class Runtime:
         self._turns = Turns()
         self._local = threading.local()
         self.links = Links(self.note, self._written)
+        self._model = weakref.ref(model)
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
             self.add_block(name, module)
@@ -81,7 +82,7 @@ class Runtime:
 
     def add_block(self, name: str, module: torch.nn.Module, parent: str = "", at: int | None = None) -> Block:
         """Hook one more block."""
-        block = Block(name=name, module=module, parent=parent)
+        block = Block(name=name, module=module, parent=parent, above=self._above(name))
         block.slots = parameter_slots(module)
         block.hooks = [
             module.register_forward_pre_hook(PreHook(self, block), with_kwargs=True),
@@ -89,6 +90,12 @@ class Runtime:
         ]
         self.blocks.insert(len(self.blocks) if at is None else at, block)
         return block
+
+    def _above(self, name: str) -> list[weakref.ref[torch.nn.Module]]:
+        model = self._model()
+        assert model is not None
+        parts = name.split(".")
+        return [weakref.ref(model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))]
 
     def remove(self) -> None:
         """Take every hook off; frames that are still alive go on working."""
