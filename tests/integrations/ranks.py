@@ -176,7 +176,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(CLASSES, width)
         self.register_buffer("scale", torch.ones(width))
         self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(num_blocks))
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = nn.BatchNorm1d(width, affine=False)
         self.head = nn.Linear(width, CLASSES)
         self.other = nn.Linear(width, CLASSES)
         self.uses_other = False
