@@ -40,8 +40,8 @@ def fit(
     The first training step records and measures, and recomputes all it can; from the second on the best plan holds.
 
     Args:
-        model: Any module with repeated blocks; it stays the user's own, nothing but hooks is added. It may be wrapped in
-            `DistributedDataParallel` or not yet, sharded by `fully_shard` or not yet.
+        model: Any module with repeated blocks; it stays the user's own, nothing but hooks is added. It may be
+            wrapped in `DistributedDataParallel` or not yet, sharded by `fully_shard` or not yet.
         budget: Limit on the peak of the whole process on the model's device: bytes, ``"6GiB"``, ``"6.5 GB"``,
             ``"90%"``, ``"auto"``, ``"min"``; ``None`` saves everything and only measures.
         policy: Without a budget: ``"full"`` or ``"selective"``, today's switches (or a function from a program's

@@ -11,6 +11,7 @@ import torch
 
 from memfit import canary
 from memfit.entries import Entry
+from memfit.errors import RecomputeError
 from memfit.fallback import WRITTEN, ReplayOfModule
 from memfit.frames import Cell, Frame, Handle, Kept, unpack
 from memfit.inputs import Inputs, copied
@@ -301,7 +302,7 @@ class Call:
         if compiled.returned is not None:
             self.upstream = tuple([(n, *cells[n]) for n in compiled.returned.leaves])
 
-    def fall_back(self, *, hashed: bool) -> None:
+    def fall_back(self, *, defer: Callable[[RecomputeError], bool] | None, hashed: bool) -> None:
         """Drop everything; the module's forward runs again in the backward (rule 13)."""
         aliases: dict[int, torch.Tensor] = {}
         saved = {h.tensor.data_ptr() for h in self.handles if h.tensor is not None}
@@ -338,7 +339,7 @@ class Call:
                 frame.inputs.add(0, given, version, saved=is_saved, held=False)
                 version = alias._version
             frame.versions.append((alias, version, alias.data_ptr(), is_saved))
-        frame.sharded = self.block.sharded
+        frame.sharded, frame.defer = self.block.sharded, defer
         for parameter in parameters:
             pointer = parameter.data_ptr()
             place = place_of(parameter) if frame.sharded else pointer

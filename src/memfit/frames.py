@@ -103,6 +103,7 @@ class Frame:
         "__weakref__",
         "block",
         "compiled",
+        "defer",
         "demote",
         "distrust",
         "flags",
@@ -140,6 +141,7 @@ class Frame:
         self.sharded = False
         self.same_flags = True
         self.listener: Callable[[], None] | None = None
+        self.defer: Callable[[RecomputeError], bool] | None = None
         self.demote: Callable[[int, float], None] | None = None
         self.distrust: Callable[[], None] | None = None
         self.link_failed: Callable[[], None] | None = None
@@ -247,7 +249,11 @@ class Frame:
             if tensor._version != version or (place_of(tensor) if self.sharded else tensor.data_ptr()) != place:
                 leaf = self.compiled.program.nodes[node].leaf
                 name = f"{self.block}.{leaf.owner}.{leaf.name}".replace("..", ".") if leaf is not None else self.block
-                how = f"is at version {tensor._version}, was {version}" if tensor._version != version else "has other data"
+                how = (
+                    f"is at version {tensor._version}, was {version}"
+                    if tensor._version != version
+                    else "has other data"
+                )
                 if self.sharded and not place_of(tensor):
                     how = "is not gathered"
                 raise ChangedTensorError(
@@ -284,7 +290,7 @@ class Frame:
         for frame in involved[:-1]:  # the last one did not read its input through a link
             if frame.link_failed is not None:
                 frame.link_failed()
-        raise RecomputeError(
+        error = RecomputeError(
             self.block,
             f"saved tensor {index} {list(value.size)}",
             recipe or "the block's input",
@@ -292,6 +298,8 @@ class Frame:
             "and attributes changed what it computes. Drop this step's gradients and step again: the block is recorded "
             "anew. If that comes back, exclude the block with `blocks=`, or make the change an argument or attribute.",
         )
+        if self.defer is None or not self.defer(error):
+            raise error
 
 
 def linked_frames(link: Upstream | None) -> list[Frame]:

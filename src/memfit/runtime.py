@@ -23,6 +23,7 @@ from memfit.blocks import Block, replayable_children
 from memfit.calls import Call
 from memfit.canary import Turns
 from memfit.entries import Entry, ProgramState
+from memfit.errors import RecomputeError
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
 from memfit.holders import Holders
@@ -60,6 +61,7 @@ class Runtime:
         self.listener: Listener | None = None
         self.step_began: Callable[[], None] = lambda: None
         self.has_room: Callable[[int], bool] = lambda index: True
+        self.defer: Callable[[RecomputeError], bool] | None = None
         self.keeper = Keeper()
         self.backward_seen = False
         self.begun = False
@@ -329,7 +331,7 @@ class Runtime:
 
     def _fall_back(self, call: Call) -> None:
         due = self._turns.due(type(call.block.module).__qualname__, self.steps)
-        call.fall_back(hashed=due or call.block.reruns < VERIFIED_CALLS)
+        call.fall_back(defer=self.defer, hashed=due or call.block.reruns < VERIFIED_CALLS)
 
     # Replaying
 
@@ -357,6 +359,7 @@ class Runtime:
             call.save_all()
             return
         frame = call.frame()
+        frame.defer = self.defer
         frame.demote = state.demoter(self, block.name)
         frame.distrust = state.distrust
         frame.link_failed = partial(self.links.failed, block)

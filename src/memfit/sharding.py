@@ -90,6 +90,25 @@ def owned_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [shards.get(id(parameter), parameter) for parameter in model.parameters()]
 
 
+def mesh_ranks(model: torch.nn.Module) -> tuple[int, ...]:
+    """The ranks among which FSDP2 shards or replicates ``model``; empty where it does not."""
+    fsdp = _fsdp_class()
+    if fsdp is None:
+        return ()
+    for module in model.modules():
+        if isinstance(module, fsdp):
+            for group in _groups(module):
+                mesh = getattr(getattr(group, "mesh_info", None), "mesh", None)
+                if mesh is not None:
+                    return tuple(sorted(mesh.mesh.flatten().tolist()))
+    return ()
+
+
+def _groups(module: torch.nn.Module) -> list[Any]:
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [getattr(state, "_fsdp_param_group", None)]))
+
+
 def _shards(model: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Parameter]]:
     """Each gathered parameter of FSDP2 with its shard."""
     fsdp = _fsdp_class()
@@ -97,7 +116,6 @@ def _shards(model: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Parameter]]:
         return
     for module in model.modules():
         if isinstance(module, fsdp):
-            state: Any = module._get_fsdp_state()  # type: ignore[attr-defined]
-            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            for group in _groups(module):
                 for each in getattr(group, "fsdp_params", ()):
                     yield getattr(each, "_unsharded_param", None), each.sharded_param

@@ -69,7 +69,9 @@ def run(
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as folder:
-        torch.save((Path(sys.modules[function.__module__].__file__ or "").stem, function.__name__, args), f"{folder}/in")
+        torch.save(
+            (Path(sys.modules[function.__module__].__file__ or "").stem, function.__name__, args), f"{folder}/in"
+        )
         processes = []
         for rank in range(ranks):
             own = {

@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import CLASSES, DEADLINE_SECONDS, equal, loss_of, make_batch, make_model, run, values, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import memfit
-from ranks import CLASSES, DEADLINE_SECONDS, equal, loss_of, make_batch, make_model, run, values, whole
 
 STEPS = 5
 FULL = {"policy": "full"}
@@ -379,3 +379,46 @@ def test_fsdp2_computes_what_it_computes_alone(ranks):
     for found in values(run(compare_fsdp, names, ranks=ranks)):
         assert [line for line in found if not line.endswith(": equal")] == []
         assert len(found) == 2 * len(names)
+
+
+# Ranks agree ----------------------------------------------------------------------------------------------------------
+
+
+def agree(kind: str, accumulate: int = 1) -> dict[str, Any]:
+    """Train with a budget; what the plan is, and who made it."""
+    rank = dist.get_rank()
+    ballast = torch.ones(rank * 48 * 2**18)  # the higher the rank, the more lies outside the blocks
+    torch.manual_seed(rank)
+    model = make_model(width=64, num_blocks=4)
+    wrapped = shard(model) if kind == "fsdp" else DDP(model)
+    handle = memfit.fit(wrapped, budget="min")
+    optimizer = torch.optim.AdamW(wrapped.parameters())
+    plans = []
+    for step in range(4 * accumulate):
+        ids = make_batch(step)
+        loss_of(wrapped(ids), ids).backward()
+        if (step + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        plans.append(None if handle.plan is None else handle.plan.to_json())
+    found = {
+        "plans": plans,
+        "policies": [] if handle.plan is None else [str(p) for p in handle.plan.policies],
+        "peak": handle.profile and max(event.outside_bytes for event in handle.profile.events),
+        "predicted": handle._active and handle._active.raw_peak,
+        "notes": handle.summary()["notes"],
+        "ballast": ballast.numel(),
+    }
+    handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(("kind", "ranks", "accumulate"), [("ddp", 4, 1), ("fsdp", 2, 1), ("ddp", 2, 2)])
+def test_one_plan_from_the_worst_rank(kind, ranks, accumulate):
+    """All ranks run what rank 0 made from the highest numbers, again when the optimizer's state is there."""
+    found = values(run(agree, kind, accumulate, ranks=ranks))
+    assert len({str(each["policies"]) for each in found}) == 1
+    assert len({each["predicted"] for each in found}) == 1
+    assert found[0]["predicted"] >= max(each["peak"] for each in found) > found[0]["peak"]
+    for each in found:
+        assert any(f"{ranks} ranks run one plan" in note for note in each["notes"]), each["notes"]
