@@ -22,6 +22,7 @@ from memfit.memory import resolve_budget
 from memfit.offline import Loss, rehearse
 from memfit.plans import Plan
 from memfit.request import PolicyChoice, Request
+from memfit.sharding import unwrapped
 
 
 def fit(
@@ -39,7 +40,8 @@ def fit(
     The first training step records and measures, and recomputes all it can; from the second on the best plan holds.
 
     Args:
-        model: Any module with repeated blocks; it stays the user's own, nothing but hooks is added.
+        model: Any module with repeated blocks; it stays the user's own, nothing but hooks is added. It may be
+            wrapped in `DistributedDataParallel` or not yet, sharded by `fully_shard` or not yet.
         budget: Limit on the peak of the whole process on the model's device: bytes, ``"6GiB"``, ``"6.5 GB"``,
             ``"90%"``, ``"auto"``, ``"min"``; ``None`` saves everything and only measures.
         policy: Without a budget: ``"full"`` or ``"selective"``, today's switches (or a function from a program's
@@ -57,6 +59,7 @@ def fit(
             it is raised when the second step begins, and the model is unfitted.
         PlanError: The plan is for another model.
     """
+    model = unwrapped(model)
     device = check_model(model)
     parts = set(model.modules())
     if any(fitted in parts or model in set(fitted.modules()) for fitted in list(fitted_models)):

@@ -9,6 +9,7 @@ import torch
 
 from memfit.errors import ModelError
 from memfit.programs import LeafKind
+from memfit.sharding import Modules, is_sharded
 from memfit.signature import Signatures, Watch, parameter_slots, pointers_of, storages_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Block:
         unlinked: Whether it keeps its input therefore.
         written: Tensor arguments that the model writes after the block has run: no recipe reads them.
         ignores_fields: Whether objects among its arguments count by their class only.
+        above: The modules that it is in, from the model down.
+        sharded: Whether its parameters may be gone outside its own forward and backward.
     """
 
     name: str
@@ -61,6 +64,8 @@ class Block:
     unlinked: bool = False
     written: set[int] = field(default_factory=set)
     ignores_fields: bool = False
+    above: Modules = ()
+    sharded: bool = False
 
     def look(self, generation: int) -> None:
         """Has it become another one? Where do its parameters lie? Looked at once per forward of the model."""
@@ -75,6 +80,7 @@ class Block:
         if pointers != self._pointers:
             self._pointers = pointers
             self.own = storages_of(self.slots)
+            self.sharded = is_sharded(self.module, self.above)
 
     def forget(self, signature: Any) -> None:
         """A call was not what its recording says: the next one is recorded again."""

@@ -11,6 +11,7 @@ import torch
 
 from memfit import canary
 from memfit.entries import Entry
+from memfit.errors import RecomputeError
 from memfit.fallback import WRITTEN, ReplayOfModule
 from memfit.frames import Cell, Frame, Handle, Kept, unpack
 from memfit.inputs import Inputs, copied
@@ -18,6 +19,7 @@ from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
 from memfit.programs import Leaf
 from memfit.replay import CompiledPolicy, generator_of
+from memfit.sharding import place_of
 from memfit.storages import PLAIN_TYPES, is_small
 
 if TYPE_CHECKING:
@@ -207,6 +209,7 @@ class Call:
         frame = Frame(self.block.name, compiled)
         if compiled.dropped or compiled.returned is not None:
             frame.flags = self.flags
+            frame.sharded = self.block.sharded
             states = self.states or {}
             frame.states = {packed: states[packed] for packed in compiled.snapshots}
             for number in compiled.parameter_nodes:
@@ -215,7 +218,8 @@ class Call:
                     leaf = compiled.program.nodes[number].leaf
                     if leaf is not None and leaf.kind == "buffer" and is_small(tensor):
                         tensor = tensor.detach().clone()
-                    frame.parameters[number] = (tensor, tensor.data_ptr(), tensor._version)
+                    place = place_of(tensor) if frame.sharded else tensor.data_ptr()
+                    frame.parameters[number] = (tensor, place, tensor._version)
         return frame
 
     def cells(self, inputs: Inputs | None = None) -> dict[int, tuple[torch.Tensor, int]]:
@@ -298,7 +302,7 @@ class Call:
         if compiled.returned is not None:
             self.upstream = tuple([(n, *cells[n]) for n in compiled.returned.leaves])
 
-    def fall_back(self, *, hashed: bool) -> None:
+    def fall_back(self, *, defer: Callable[[RecomputeError], bool] | None, hashed: bool) -> None:
         """Drop everything; the module's forward runs again in the backward (rule 13)."""
         aliases: dict[int, torch.Tensor] = {}
         saved = {h.tensor.data_ptr() for h in self.handles if h.tensor is not None}
@@ -335,9 +339,11 @@ class Call:
                 frame.inputs.add(0, given, version, saved=is_saved, held=False)
                 version = alias._version
             frame.versions.append((alias, version, alias.data_ptr(), is_saved))
+        frame.sharded, frame.defer = self.block.sharded, defer
         for parameter in parameters:
             pointer = parameter.data_ptr()
-            frame.versions.append((parameter, parameter._version, pointer, pointer in saved))
+            place = place_of(parameter) if frame.sharded else pointer
+            frame.versions.append((parameter, parameter._version, place, pointer in saved))
         dropped: dict[int, torch.Tensor] = {}
         for handle in self.handles:
             tensor = handle.tensor

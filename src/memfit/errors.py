@@ -94,3 +94,20 @@ class RecomputeError(MemfitError):
             "Something that the recording read has changed since the forward pass: undo that change before "
             "`backward()`, or leave the block out with `blocks=`."
         )
+
+
+class RankError(MemfitError):
+    """Ranks that train one model together cannot go on: raised on all of them.
+
+    Attributes:
+        rank: The one that it began with.
+        detail: What is wrong, as sentences.
+    """
+
+    def __init__(self, rank: int, detail: str) -> None:
+        super().__init__(rank, detail)
+        self.rank = rank
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail

@@ -17,6 +17,7 @@ from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.narrowing import widen
 from memfit.replay import NARROW, CompiledPolicy, Restorer
+from memfit.sharding import place_of
 from memfit.signature import numeric_flags, set_numeric_flags
 from memfit.steps import view_of
 
@@ -102,6 +103,7 @@ class Frame:
         "__weakref__",
         "block",
         "compiled",
+        "defer",
         "demote",
         "distrust",
         "flags",
@@ -115,6 +117,7 @@ class Frame:
         "restorer",
         "same_flags",
         "samples",
+        "sharded",
         "states",
         "task",
         "touched",
@@ -135,8 +138,10 @@ class Frame:
         self.hashes: dict[int, torch.Tensor] | None = None
         self.holders: Holders | None = None
         self.flags: tuple[Any, ...] = ()
+        self.sharded = False
         self.same_flags = True
         self.listener: Callable[[], None] | None = None
+        self.defer: Callable[[RecomputeError], bool] | None = None
         self.demote: Callable[[int, float], None] | None = None
         self.distrust: Callable[[], None] | None = None
         self.link_failed: Callable[[], None] | None = None
@@ -240,8 +245,8 @@ class Frame:
 
     def _add_parameters(self, nodes: tuple[int, ...], leaves: list[tuple[int, torch.Tensor]]) -> None:
         for node in nodes:
-            tensor, pointer, version = self.parameters[node]
-            if tensor._version != version or tensor.data_ptr() != pointer:
+            tensor, place, version = self.parameters[node]
+            if tensor._version != version or (place_of(tensor) if self.sharded else tensor.data_ptr()) != place:
                 leaf = self.compiled.program.nodes[node].leaf
                 name = f"{self.block}.{leaf.owner}.{leaf.name}".replace("..", ".") if leaf is not None else self.block
                 how = (
@@ -249,6 +254,8 @@ class Frame:
                     if tensor._version != version
                     else "has other data"
                 )
+                if self.sharded and not place_of(tensor):
+                    how = "is not gathered"
                 raise ChangedTensorError(
                     f"one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"`{name}` changed between forward and backward ({how}), and a recipe of block `{self.block}` "
@@ -283,7 +290,7 @@ class Frame:
         for frame in involved[:-1]:  # the last one did not read its input through a link
             if frame.link_failed is not None:
                 frame.link_failed()
-        raise RecomputeError(
+        error = RecomputeError(
             self.block,
             f"saved tensor {index} {list(value.size)}",
             recipe or "the block's input",
@@ -291,6 +298,8 @@ class Frame:
             "and attributes changed what it computes. Drop this step's gradients and step again: the block is recorded "
             "anew. If that comes back, exclude the block with `blocks=`, or make the change an argument or attribute.",
         )
+        if self.defer is None or not self.defer(error):
+            raise error
 
 
 def linked_frames(link: Upstream | None) -> list[Frame]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,9 @@ from memfit.blocks import find_blocks
 from memfit.clock import StepClock
 from memfit.compiled import split_compiled
 from memfit.costs import profile_program
+from memfit.decider import Decider
 from memfit.entries import ProgramState
-from memfit.errors import InfeasibleBudgetError, ModelError
+from memfit.errors import ModelError
 from memfit.exhaustion import Exhaustion, ExhaustionHook
 from memfit.fingerprints import fingerprint
 from memfit.fitted import Fitted, unfitted_on_error
@@ -32,12 +34,13 @@ from memfit.modes import Modes
 from memfit.plans import Plan, Policy
 from memfit.profiler import Now, Profiler, step_profile
 from memfit.profiles import ProgramProfile, StepProfile
+from memfit.ranks import Ranks
 from memfit.report.text import render
 from memfit.request import Request
 from memfit.runtime import Runtime
+from memfit.sharding import class_name
 from memfit.slack import Slack
 from memfit.solver.frontier import block_options
-from memfit.solver.planner import solve
 from memfit.summaries import block_rows, describe, notes_of, unplanned_row
 from memfit.training import TrainingState
 
@@ -60,7 +63,7 @@ class Handle:
         """Use `fit`."""
         self.plan: Plan | None = None
         self._model = weakref.ref(model)
-        self._name = type(model).__name__
+        self._name = class_name(model)
         self._device = device
         self._budget = budget
         self._meter: Meter = meter(device)
@@ -77,6 +80,7 @@ class Handle:
         self._measured: int | None = None
         self._peak_open = False
         self._slack = Slack(device.type)
+        self.ranks = Ranks(self._name, self._fingerprint)
         self._clock = StepClock()
         self._planned_step = False
         self._last_calls: list[dict[str, Any]] = []
@@ -92,9 +96,19 @@ class Handle:
         self.runtime.has_room = self._has_room
         self.runtime.keeper = Keeper(self._meter)
         self.runtime.step_began = self._step_began
+        self.runtime.defer = self.ranks.defer
         request.number(self._block_names)
         self.exhaustion = Exhaustion(
             model, self.runtime, self._meter, self._training, self._programs, self._block_names, request, budget
+        )
+        self._decider = Decider(
+            request,
+            self._slack,
+            self._meter,
+            name=self._name,
+            fingerprint=self._fingerprint,
+            keeper=self.runtime.keeper,
+            advise=self.exhaustion.advice_below,
         )
         self._hooks = [
             register_optimizer_step_pre_hook(OptimizerHook(self, before=True)),
@@ -199,6 +213,8 @@ class Handle:
         self._clock.tick()
         needed = not self._plans or self._last_was_unplanned
         if needed and not self._measures_only:
+            self._training.look()
+            self._meet()
             self._profiler = Profiler(self._meter, self._training.gradient_bytes, self._training.state_bytes)
             self.runtime.listener = self._profiler
             self.exhaustion.begin()
@@ -207,6 +223,12 @@ class Handle:
             self.runtime.keeper.restart()
             self._peak_open = True
         self._planned_step = bool(self._plans) or self._measures_only
+
+    def _meet(self) -> None:
+        """A step is profiled, and its forward is running: who else runs it?"""
+        model = self._model()
+        if model is not None:
+            self.ranks.begin(model)
 
     def _finish_step(self) -> None:
         """What the step that ended has shown."""
@@ -240,6 +262,8 @@ class Handle:
             profiler, sequence = self._pending
             self._pending = None
             self._fit_sequence(profiler, tuple(sequence))
+        else:
+            self.ranks.absent(self.runtime.steps)
         for key, fitted in list(self._plans.items()):
             born = fitted.state_reserved and self._training.born
             if fitted.stale or born or fitted.is_outdated(self.runtime.states):
@@ -267,17 +291,16 @@ class Handle:
         profile, indices = step_profile(
             reading, programs, now, device=self._device, step_seconds=self._clock.median() or 0.0
         )
-        if self._budget == "min":
-            plan = solve(profile, budget="min", model=self._name, fingerprint=self._fingerprint)
-        else:
-            plan = self._request.plan_for(profile, model=self._name, fingerprint=self._fingerprint)
-        base = self._meter.now()
-        dynamic = max(0, plan.predicted_peak_bytes - base)
-        if self._budget is not None:
-            limit = self._budget if isinstance(self._budget, int) else None
-            self._slack.expect(dynamic, budget=limit, base_bytes=base, limited=self.runtime.keeper.limits_heap)
-        if isinstance(self._budget, int) and not self._request.decides:
-            plan = self._within_budget(profile, self._budget)
+        plan, given = self.ranks.decide(
+            profile,
+            self._decider.plan,
+            which=sha256(repr(sequence).encode()).hexdigest(),
+            step=self.runtime.steps,
+            budget=self._budget,
+            born=self._training.born,
+        )
+        if given:
+            self._decider.expect(profile, self._budget)
         raw = plan.predicted_peak_bytes
         predicted = raw + (self._slack.bytes if self._budget is not None else 0)
         if isinstance(self._budget, int):
@@ -291,30 +314,6 @@ class Handle:
             self._plans.pop(next(iter(self._plans)))
         self._plans[sequence] = fitted
 
-    def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
-        """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
-        slack = self._slack
-        found: Plan | None = None
-        for size in dict.fromkeys([slack.bytes, slack.least]):
-            try:
-                plan = self._solve(profile, budget, size)
-            except InfeasibleBudgetError as error:
-                short, smallest = error, error.minimum - size
-                continue
-            if found is None or plan.recompute_seconds + slack.least_seconds < found.recompute_seconds:
-                found = plan
-                slack.settle(size)
-        if found is not None:
-            return found
-        if smallest > budget:
-            advice = self.exhaustion.advice_below(profile, budget) or short.advice
-            raise InfeasibleBudgetError(budget, smallest, short.event, advice) from None
-        slack.settle(budget - smallest)
-        return self._solve(profile, budget, slack.bytes)
-
-    def _solve(self, profile: StepProfile, budget: int, slack: int) -> Plan:
-        return solve(profile, budget=budget, margin_bytes=slack, model=self._name, fingerprint=self._fingerprint)
-
     # Reading
 
     def optimizer_event(self, optimizer: torch.optim.Optimizer, *, before: bool) -> None:
@@ -322,6 +321,7 @@ class Handle:
         if not self._training.owns(optimizer):
             return
         if before:
+            self.ranks.before_optimizer()
             if self._profiler is not None:
                 self._profiler.backward_ended()
             return
@@ -363,6 +363,7 @@ class Handle:
         recomputed = sum(row["recomputed_bytes"] or 0 for row in blocks)
         if self._measures_only:
             blocks = [unplanned_row(name) for name in self._block_names]
+        stories = self.ranks.story, self.exhaustion.story
         plain_peak = self._measured if self._measures_only else None
         if plan is not None:
             plain_peak = plan.plain_peak_bytes
@@ -381,9 +382,7 @@ class Handle:
             "recomputed_bytes": recomputed if self._last_calls else None,
             "context_bytes": self._meter.outside() if self._device.type == "cuda" else None,
             "steps": self._steps,
-            "notes": notes_of(
-                self.runtime, [*self._modes.notes, *self._request.notes, self.exhaustion.story], self._steps
-            ),
+            "notes": notes_of(self.runtime, [*self._modes.notes, *self._request.notes, *stories], self._steps),
             "blocks": blocks,
         }
 

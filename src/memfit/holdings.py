@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from memfit.sharding import local
 from memfit.units import format_bytes
 
 
@@ -57,7 +58,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     storages: dict[int, int] = {}
-    for tensor in tensors:
+    for tensor in map(local, tensors):
         try:
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()

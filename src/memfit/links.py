@@ -241,7 +241,7 @@ class Links:
         if call.tie is not None and watched:
             call.tie.link = _linked_nodes(call)
             call.tie.holders = _holders(call)
-        if not _is_sharded(call.block.module):
+        if not call.block.sharded:
             self.used = True
             call.block.offers += 1
             checked = call.fresh or call.block.offers <= CHECKED_OFFERS
@@ -348,13 +348,6 @@ def _holders(call: Call) -> list[weakref.ref[torch.Tensor]]:
 def _same_version(tensor: torch.Tensor, version: int) -> bool:
     """Rule 15: the same object may have been written since (``h += 1``)."""
     return tensor._version == version
-
-
-def _is_sharded(module: torch.nn.Module) -> bool:
-    """Whether the block's parameters are there only around its own forward and backward (FSDP, ZeRO-3; rule 8)."""
-    if hasattr(module, "_get_fsdp_state") or hasattr(module, "_fsdp_wrapped_module"):
-        return True
-    return hasattr(next(module.parameters(), None), "ds_id")
 
 
 def _stream(tensors: list[torch.Tensor]) -> Any:

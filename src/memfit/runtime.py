@@ -23,6 +23,7 @@ from memfit.blocks import Block, replayable_children
 from memfit.calls import Call
 from memfit.canary import Turns
 from memfit.entries import Entry, ProgramState
+from memfit.errors import RecomputeError
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
 from memfit.holders import Holders
@@ -60,6 +61,7 @@ class Runtime:
         self.listener: Listener | None = None
         self.step_began: Callable[[], None] = lambda: None
         self.has_room: Callable[[int], bool] = lambda index: True
+        self.defer: Callable[[RecomputeError], bool] | None = None
         self.keeper = Keeper()
         self.backward_seen = False
         self.begun = False
@@ -73,6 +75,7 @@ class Runtime:
         self._turns = Turns()
         self._local = threading.local()
         self.links = Links(self.note, self._written)
+        self._model = weakref.ref(model)
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
             self.add_block(name, module)
@@ -81,7 +84,7 @@ class Runtime:
 
     def add_block(self, name: str, module: torch.nn.Module, parent: str = "", at: int | None = None) -> Block:
         """Hook one more block."""
-        block = Block(name=name, module=module, parent=parent)
+        block = Block(name=name, module=module, parent=parent, above=self._above(name))
         block.slots = parameter_slots(module)
         block.hooks = [
             module.register_forward_pre_hook(PreHook(self, block), with_kwargs=True),
@@ -89,6 +92,12 @@ class Runtime:
         ]
         self.blocks.insert(len(self.blocks) if at is None else at, block)
         return block
+
+    def _above(self, name: str) -> list[weakref.ref[torch.nn.Module]]:
+        model = self._model()
+        assert model is not None
+        parts = name.split(".")
+        return [weakref.ref(model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))]
 
     def remove(self) -> None:
         """Take every hook off; frames that are still alive go on working."""
@@ -322,7 +331,7 @@ class Runtime:
 
     def _fall_back(self, call: Call) -> None:
         due = self._turns.due(type(call.block.module).__qualname__, self.steps)
-        call.fall_back(hashed=due or call.block.reruns < VERIFIED_CALLS)
+        call.fall_back(defer=self.defer, hashed=due or call.block.reruns < VERIFIED_CALLS)
 
     # Replaying
 
@@ -350,6 +359,7 @@ class Runtime:
             call.save_all()
             return
         frame = call.frame()
+        frame.defer = self.defer
         frame.demote = state.demoter(self, block.name)
         frame.distrust = state.distrust
         frame.link_failed = partial(self.links.failed, block)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from memfit.sharding import local, owned_parameters
+
 STATE_FACTORS = {"adamw": 2.0, "adam": 2.0, "sgd": 0.0, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0, "adafactor": 0.1}
 """Optimizer state per trainable parameter byte, reserved until the first `optimizer.step()`."""
 
@@ -19,10 +21,23 @@ class TrainingState:
         self.born = False  # whether an optimizer has stepped
         self._device = device
         self._named = optimizer
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
-        self._identities = {id(p) for p in self._trainable}
+        self._model = weakref.ref(model)
+        self._trainable: list[torch.nn.Parameter] = []
+        self._identities: set[int] = set()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._own: dict[int, bool] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Which parameters train now: sharding, or adapters, may have put others into the model."""
+        model = self._model()
+        if model is None:
+            return
+        trainable = [p for p in owned_parameters(model) if p.requires_grad]
+        identities = {id(p) for p in trainable}
+        if identities != self._identities:
+            self._trainable, self._identities = trainable, identities
+            self._own.clear()
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer has stepped: its state is there."""
@@ -31,7 +46,7 @@ class TrainingState:
 
     def gradient_bytes(self) -> int:
         """What gradients take now."""
-        return sum(p.grad.untyped_storage().nbytes() for p in self._trainable if p.grad is not None)
+        return sum(local(p.grad).untyped_storage().nbytes() for p in self._trainable if p.grad is not None)
 
     def state_bytes(self) -> int:
         """What the optimizers that have stepped hold on the device."""
@@ -41,7 +56,7 @@ class TrainingState:
             for values in optimizer.state.values():
                 for value in values.values() if isinstance(values, dict) else ():
                     if isinstance(value, torch.Tensor) and value.device.type == self._device.type:
-                        storage = value.untyped_storage()
+                        storage = local(value).untyped_storage()
                         if storage._cdata not in seen:
                             seen.add(storage._cdata)
                             total += storage.nbytes()
@@ -54,7 +69,7 @@ class TrainingState:
         factor = STATE_FACTORS.get(name.lower(), 2.0)
         if isinstance(optimizer, torch.optim.SGD) and any(g.get("momentum") for g in optimizer.param_groups):
             factor = 1.0
-        return int(factor * sum(p.numel() * p.element_size() for p in self._trainable))
+        return int(factor * sum(local(p).numel() * p.element_size() for p in self._trainable))
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer steps any of the parameters."""

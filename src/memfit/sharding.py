@@ -1,0 +1,121 @@
+"""Parameters that are there only around a block's own forward and backward: FSDP2, FSDP, ZeRO-3 (design, rule 8).
+
+FSDP2 puts plain parameters into a module before its forward and sharded ones (DTensors) afterwards. The plain ones stay
+the same objects; what goes and comes is the memory of their storages. So a recipe may hold the object, as autograd
+does, and hold no memory by it; before the backward of the block FSDP gathers into that same storage, at another
+address. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+Modules = Iterable["weakref.ref[torch.nn.Module]"]
+
+
+def _fsdp_class() -> type | None:
+    """FSDP2's mixin, if somebody has imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    found: type | None = getattr(fsdp, "FSDPModule", None)
+    return found
+
+
+def _is_wrapped(module: torch.nn.Module, fsdp: type | None) -> bool:
+    if fsdp is not None and isinstance(module, fsdp):
+        return True
+    return "_fsdp_wrapped_module" in module._modules or hasattr(next(module.parameters(recurse=False), None), "ds_id")
+
+
+def is_sharded(module: torch.nn.Module, above: Modules = ()) -> bool:
+    """Whether parameters of a block may be gone outside its own forward and backward.
+
+    Args:
+        module: The block.
+        above: The modules that it is in: what wraps one of them may shard the block's parameters with its own.
+    """
+    fsdp = _fsdp_class()
+    for reference in above:
+        parent = reference()
+        if parent is not None and _is_wrapped(parent, fsdp):
+            return True
+    return any(_is_wrapped(child, fsdp) for child in module.modules())
+
+
+def shards_inside(module: torch.nn.Module) -> bool:
+    """Whether parts of a block are gathered and freed on their own while it runs."""
+    fsdp = _fsdp_class()
+    return fsdp is not None and any(isinstance(c, fsdp) for c in module.modules() if c is not module)
+
+
+def place_of(tensor: torch.Tensor) -> int:
+    """The storage of a parameter that is sharded; 0 while it has no memory.
+
+    Not its address: that changes with every gathering, while the storage stays the one that autograd holds too. A
+    parameter that was given other data (``.data = ``) has another.
+    """
+    storage = tensor.untyped_storage()
+    return int(storage._cdata) if storage.nbytes() or not tensor.numel() else 0
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    shard = getattr(tensor, "_local_tensor", None)
+    return shard if isinstance(shard, torch.Tensor) else tensor
+
+
+def class_name(module: torch.nn.Module) -> str:
+    """Of the user's class: `fully_shard` makes a subclass of it, with another name."""
+    kind = type(module)
+    fsdp = _fsdp_class()
+    if fsdp is not None and len(kind.__bases__) == 2 and kind.__bases__[0] is fsdp:
+        kind = kind.__bases__[1]
+    return kind.__name__
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside `DistributedDataParallel`, whose blocks are the same and bear the user's names."""
+    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def owned_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that an optimizer steps and gradients are kept for: under FSDP2 the shards, gathered or not."""
+    shards = {id(full): shard for full, shard in _shards(model)}
+    return [shards.get(id(parameter), parameter) for parameter in model.parameters()]
+
+
+def mesh_ranks(model: torch.nn.Module) -> tuple[int, ...]:
+    """The ranks among which FSDP2 shards or replicates ``model``; empty where it does not."""
+    fsdp = _fsdp_class()
+    if fsdp is None:
+        return ()
+    for module in model.modules():
+        if isinstance(module, fsdp):
+            for group in _groups(module):
+                mesh = getattr(getattr(group, "mesh_info", None), "mesh", None)
+                if mesh is not None:
+                    return tuple(sorted(mesh.mesh.flatten().tolist()))
+    return ()
+
+
+def _groups(module: torch.nn.Module) -> list[Any]:
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [getattr(state, "_fsdp_param_group", None)]))
+
+
+def _shards(model: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Parameter]]:
+    """Each gathered parameter of FSDP2 with its shard."""
+    fsdp = _fsdp_class()
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp):
+            for group in _groups(module):
+                for each in getattr(group, "fsdp_params", ()):
+                    yield getattr(each, "_unsharded_param", None), each.sharded_param
