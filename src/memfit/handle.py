@@ -267,9 +267,11 @@ class Handle:
         for key, fitted in list(self._plans.items()):
             born = fitted.state_reserved and self._training.born
             if fitted.stale or born or fitted.is_outdated(self.runtime.states):
-                self._fit_sequence(fitted.profiler, key)
+                self._fit_sequence(fitted.profiler, key, together=born)
 
-    def _fit_sequence(self, profiler: Profiler, sequence: tuple[tuple[str, str], ...]) -> None:
+    def _fit_sequence(
+        self, profiler: Profiler, sequence: tuple[tuple[str, str], ...], *, together: bool = True
+    ) -> None:
         reading = profiler.reading
         states = self.runtime.states
         if any(key and key not in states for _, key in sequence):
@@ -298,6 +300,7 @@ class Handle:
             step=self.runtime.steps,
             budget=self._budget,
             born=self._training.born,
+            together=together,
         )
         if given:
             self._decider.expect(profile, self._budget)

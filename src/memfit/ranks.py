@@ -106,7 +106,15 @@ class Ranks:
     # The plan
 
     def decide(
-        self, profile: StepProfile, solve: Solve, *, which: str, step: int, budget: Budget, born: bool
+        self,
+        profile: StepProfile,
+        solve: Solve,
+        *,
+        which: str,
+        step: int,
+        budget: Budget,
+        born: bool,
+        together: bool = True,
     ) -> tuple[Plan, bool]:
         """The plan for ``profile``: all ranks' where they meet, else this rank's own.
 
@@ -117,6 +125,7 @@ class Ranks:
             step: Number of the step that begins.
             budget: Of this rank.
             born: Whether the optimizer's state has been born: where not, the ranks meet once more.
+            together: Whether the others decide now too; a correction is this rank's own.
 
         Returns:
             The plan, and whether it is another rank's.
@@ -125,7 +134,7 @@ class Ranks:
             RankError: A rank trains another model, or the deciding one failed.
             InfeasibleBudgetError: No plan fits the worst rank; on all ranks.
         """
-        if not self._agrees or (self.story and self._again != which):
+        if not together or not self._agrees or (self.story and self._again != which):
             return solve(profile, budget), False
         self._again = which
         claim = Claim.of(profile, rank=self._me, name=self._name, model=self._fingerprint, budget=budget, born=born)
