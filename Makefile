@@ -8,19 +8,25 @@ JOBS ?= 2
 TORCH_INDEX ?=
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INDEX) -c constraints.txt
+# make integrations STACKS=flagembedding    # the tests of one stack; every stack is a file of pinned versions
+STACKS ?= $(sort $(basename $(notdir $(wildcard tests/integrations/stacks/*.txt))))
+INTEGRATIONS := $(STACKS:%=integrations-%)
 
-.PHONY: demo test check format clean tcmalloc
+.PHONY: demo test check format clean tcmalloc integrations $(INTEGRATIONS)
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    fine-tune a real model under a memory budget (about 6 minutes on 2 cores)"
 	@echo "make test    run the tests"
 	@echo "make check   what CI runs: format, lint, types, tests, the README's commands"
+	@echo "make integrations  what CI runs then: training stacks such as FlagEmbedding, each in an environment of its own"
 	@echo "make format  rewrite the sources in the house format"
 	@echo "make clean   remove what the other targets made"
 
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Memfit needs Python 3.11 or later: set PYTHON=")'
+
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Memfit needs Python 3.11 or later: set PYTHON=")'
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of extras, older than what it was made from: a second `make` installs nothing.
@@ -49,10 +55,21 @@ check: $(STAMP)-dev tcmalloc
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
+integrations: $(INTEGRATIONS)
+
+$(INTEGRATIONS): integrations-%: .integrations/%/.memfit tcmalloc
+	.integrations/$*/bin/python -m pytest tests/integrations/test_$*.py
+
+.integrations/%/.memfit: tests/integrations/stacks/%.txt pyproject.toml
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv .integrations/$*
+	.integrations/$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INDEX) -r $< -e .
+	@touch $@
+
 format: $(STAMP)-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .integrations build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks demo -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
