@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -252,3 +257,20 @@ def test_sparse_encoders(folders, tmp_path, loss):
     assert_the_same(plain, fitted, callback)
     first, second = (trainer.model.encode(TEXT).to_dense() for trainer in (plain, fitted))
     assert torch.equal(first, second)
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    example = Path(__file__).parents[2] / "examples" / "reranker_sentence_transformers.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(example)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "\npeak " in done.stdout
+    assert "  replay  " in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -558,3 +558,20 @@ def test_the_model_is_fitted_before_it_is_wrapped(tmp_path):
     trainer.accelerator.prepare = watched
     trainer.train()
     assert (True, ["LlamaForCausalLM", "AdamW"]) in seen
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    example = Path(__file__).parents[2] / "examples" / "plain_loop.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(example)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "\npeak " in done.stdout
+    assert "  replay  " in done.stdout
+    assert list(tmp_path.iterdir()) == []

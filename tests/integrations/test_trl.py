@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -266,3 +271,20 @@ def test_evaluation_between_updates(tmp_path, tokenizer):
     assert len(seen[0][0]) == 4
     assert seen[0] == seen[1]
     assert_planned(callback.summary())
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    example = Path(__file__).parents[2] / "examples" / "llm_lora_trl.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(example)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "\npeak " in done.stdout
+    assert "  replay  " in done.stdout
+    assert list(tmp_path.iterdir()) == []
