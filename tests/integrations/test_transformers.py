@@ -24,6 +24,7 @@ from training import (
     history,
     llama,
     rows,
+    run_python,
     trainer_state,
     weights,
     written,
@@ -394,6 +395,34 @@ def test_smaller_batches_after_memory_ran_out(tmp_path):
     assert_planned(callback.summary())
 
 
+def test_a_plan_of_one_training_is_applied_in_the_next(tmp_path):
+    first = MemfitCallback(budget="min")
+    trained(tmp_path, first)
+    first.plan.save(tmp_path / "plan.json")
+    second = MemfitCallback(plan=memfit.Plan.load(tmp_path / "plan.json"))
+    assert history(trained(tmp_path, second)) == history(trained(tmp_path))
+    assert_planned(second.summary())
+    assert second.summary()["recomputed_bytes"] == first.summary()["recomputed_bytes"]
+    assert not any("does not know" in note for note in second.summary()["notes"])
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_the_optimizer_is_known_by_its_name(tmp_path, optim):
+    """Nothing is reserved that this optimizer will not take."""
+    seen = []
+
+    class Looking(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(callback.handle._training.reserved_bytes())
+
+    callback = MemfitCallback(budget="min")
+    trainer = Trainer(llama(), arguments(tmp_path, optim=optim), train_dataset=rows(), callbacks=[callback, Looking()])
+    trainer.train()
+    trainable = sum(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
+    assert seen == [int({"sgd": 0.0, "adafactor": 0.1}[optim] * trainable)]
+    assert history(trainer) == history(trained(tmp_path, optim=optim))
+
+
 def test_budgets_that_cannot_be_read_are_refused_at_once():
     with pytest.raises(BudgetError):
         MemfitCallback(budget="22 gigs")
@@ -561,16 +590,7 @@ def test_the_model_is_fitted_before_it_is_wrapped(tmp_path):
 
 
 def test_the_example_runs_as_it_stands(tmp_path):
-    example = Path(__file__).parents[2] / "examples" / "plain_loop.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(example)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
+    done = run_python(tmp_path, str(Path(__file__).parents[2] / "examples" / "plain_loop.py"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "\npeak " in done.stdout
     assert "  replay  " in done.stdout

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,11 @@ from training import (
     TEXT,
     assert_planned,
     assert_same_weights,
+    assert_script_is_fitted,
     assert_untouched,
     history,
     llama,
+    run_python,
     save_tokenizer,
     weights,
 )
@@ -274,17 +273,41 @@ def test_evaluation_between_updates(tmp_path, tokenizer):
 
 
 def test_the_example_runs_as_it_stands(tmp_path):
-    example = Path(__file__).parents[2] / "examples" / "llm_lora_trl.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(example)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
+    done = run_python(tmp_path, str(Path(__file__).parents[2] / "examples" / "llm_lora_trl.py"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "\npeak " in done.stdout
     assert "  replay  " in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import sys
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+torch.set_num_threads(1)
+torch.manual_seed(2)
+arguments = SFTConfig(
+    "out", max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+    bf16=False, max_length=48, save_strategy="no", gradient_checkpointing_kwargs={"every_n_layers": 2},
+)
+trainer = SFTTrainer(
+    model=LlamaForCausalLM.from_pretrained(%r),
+    args=arguments,
+    train_dataset=Dataset.from_dict({"text": %r}),
+    processing_class=AutoTokenizer.from_pretrained(%r),
+    peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj"], init_lora_weights=False),
+)
+trainer.train()
+print([entry["loss"].hex() for entry in trainer.state.log_history if "loss" in entry])
+"""
+
+
+def test_an_unmodified_script(tmp_path, tokenizer):
+    folder = tokenizer.name_or_path
+    summary = assert_script_is_fitted(tmp_path, SCRIPT % (folder, TEXT, folder))
+    assert any("was told to checkpoint its activations" in note for note in summary["notes"])
+    assert any(note.startswith("`every_n_layers=2` was taken over") for note in summary["notes"])
