@@ -360,6 +360,28 @@ def test_checkpointing_that_the_model_was_told_is_taken_over(tmp_path, checkpoin
     assert history(trainer) == history(trained(tmp_path))
 
 
+def test_a_loss_that_calls_a_part_of_the_model(tmp_path, checkpoint_calls):
+    """The forward of the model itself never runs, so nothing could switch its checkpointing off there."""
+
+    class Parts(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            scores = model.lm_head(hidden.last_hidden_state).flatten(0, 1)
+            return torch.nn.functional.cross_entropy(scores, inputs["labels"].flatten())
+
+    callback = MemfitCallback(budget="min")
+    seen = []
+    for callbacks, on in (([], False), ([callback], True)):
+        trainer = Parts(
+            llama(), arguments(tmp_path, activation_checkpointing=on), train_dataset=rows(), callbacks=callbacks
+        )
+        trainer.train()
+        seen.append(history(trainer))
+    assert checkpoint_calls == []
+    assert seen[0] == seen[1]
+    assert_planned(callback.summary())
+
+
 def test_an_error_in_training_leaves_the_model_unfitted(tmp_path):
     class Failing(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
