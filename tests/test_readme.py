@@ -62,8 +62,26 @@ def test_commands_run_in_order(shell):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
+@pytest.mark.parametrize("snippet", [text for text in SNIPPETS if "Trainer" not in text])
 def test_code_runs(snippet, capsys):
     model = nn.Sequential(*[Block() for _ in range(3)])
     exec(snippet, {"model": model, "train": train})
     assert capsys.readouterr().out.startswith("peak ")
+
+
+@pytest.mark.parametrize("snippet", [text for text in SNIPPETS if "Trainer" in text])
+def test_code_with_a_trainer_runs(snippet, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    )
+    data = [{"input_ids": torch.randint(0, 20, (8,)), "labels": torch.tensor(i % 2)} for i in range(8)]
+    args = TrainingArguments(
+        tmp_path, max_steps=3, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", logging_steps=1
+    )
+    names = {"Trainer": Trainer, "model": model, "args": args, "data": data}
+    exec(snippet, names)
+    callback = names["trainer"].callback_handler.callbacks[0]
+    assert callback.report().startswith("peak ")
+    assert callback.summary()["steps"] == 3

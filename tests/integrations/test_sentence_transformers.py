@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -26,9 +28,11 @@ from training import (
     TEXT,
     assert_planned,
     assert_same_weights,
+    assert_script_is_fitted,
     assert_untouched,
     bert,
     history,
+    run_python,
     save_tokenizer,
     weights,
     written,
@@ -252,3 +256,39 @@ def test_sparse_encoders(folders, tmp_path, loss):
     assert_the_same(plain, fitted, callback)
     first, second = (trainer.model.encode(TEXT).to_dense() for trainer in (plain, fitted))
     assert torch.equal(first, second)
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    done = run_python(tmp_path, str(Path(__file__).parents[2] / "examples" / "reranker_sentence_transformers.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "\npeak " in done.stdout
+    assert "  replay  " in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+torch.set_num_threads(1)
+model = SentenceTransformer(%r, device="cpu")
+arguments = SentenceTransformerTrainingArguments(
+    "out", max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+    save_strategy="no", gradient_checkpointing=True,
+)
+trainer = SentenceTransformerTrainer(
+    model,
+    args=arguments,
+    train_dataset=Dataset.from_dict({"anchor": %r, "positive": %r}),
+    loss=CachedMultipleNegativesRankingLoss(model, mini_batch_size=2),
+)
+trainer.train()
+print([entry["loss"].hex() for entry in trainer.state.log_history if "loss" in entry])
+"""
+
+
+def test_an_unmodified_script(folders, tmp_path):
+    summary = assert_script_is_fitted(tmp_path, SCRIPT % (folders["embedder"], *halves()))
+    assert any("was told to checkpoint its activations" in note for note in summary["notes"])

@@ -24,6 +24,7 @@ from training import (
     history,
     llama,
     rows,
+    run_python,
     trainer_state,
     weights,
     written,
@@ -359,6 +360,28 @@ def test_checkpointing_that_the_model_was_told_is_taken_over(tmp_path, checkpoin
     assert history(trainer) == history(trained(tmp_path))
 
 
+def test_a_loss_that_calls_a_part_of_the_model(tmp_path, checkpoint_calls):
+    """The forward of the model itself never runs, so nothing could switch its checkpointing off there."""
+
+    class Parts(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            scores = model.lm_head(hidden.last_hidden_state).flatten(0, 1)
+            return torch.nn.functional.cross_entropy(scores, inputs["labels"].flatten())
+
+    callback = MemfitCallback(budget="min")
+    seen = []
+    for callbacks, on in (([], False), ([callback], True)):
+        trainer = Parts(
+            llama(), arguments(tmp_path, activation_checkpointing=on), train_dataset=rows(), callbacks=callbacks
+        )
+        trainer.train()
+        seen.append(history(trainer))
+    assert checkpoint_calls == []
+    assert seen[0] == seen[1]
+    assert_planned(callback.summary())
+
+
 def test_an_error_in_training_leaves_the_model_unfitted(tmp_path):
     class Failing(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -392,6 +415,34 @@ def test_smaller_batches_after_memory_ran_out(tmp_path):
     trainer.train()
     assert len(history(trainer)) == 5
     assert_planned(callback.summary())
+
+
+def test_a_plan_of_one_training_is_applied_in_the_next(tmp_path):
+    first = MemfitCallback(budget="min")
+    trained(tmp_path, first)
+    first.plan.save(tmp_path / "plan.json")
+    second = MemfitCallback(plan=memfit.Plan.load(tmp_path / "plan.json"))
+    assert history(trained(tmp_path, second)) == history(trained(tmp_path))
+    assert_planned(second.summary())
+    assert second.summary()["recomputed_bytes"] == first.summary()["recomputed_bytes"]
+    assert not any("does not know" in note for note in second.summary()["notes"])
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_the_optimizer_is_known_by_its_name(tmp_path, optim):
+    """Nothing is reserved that this optimizer will not take."""
+    seen = []
+
+    class Looking(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(callback.handle._training.reserved_bytes())
+
+    callback = MemfitCallback(budget="min")
+    trainer = Trainer(llama(), arguments(tmp_path, optim=optim), train_dataset=rows(), callbacks=[callback, Looking()])
+    trainer.train()
+    trainable = sum(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
+    assert seen == [int({"sgd": 0.0, "adafactor": 0.1}[optim] * trainable)]
+    assert history(trainer) == history(trained(tmp_path, optim=optim))
 
 
 def test_budgets_that_cannot_be_read_are_refused_at_once():
@@ -558,3 +609,11 @@ def test_the_model_is_fitted_before_it_is_wrapped(tmp_path):
     trainer.accelerator.prepare = watched
     trainer.train()
     assert (True, ["LlamaForCausalLM", "AdamW"]) in seen
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    done = run_python(tmp_path, str(Path(__file__).parents[2] / "examples" / "plain_loop.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "\npeak " in done.stdout
+    assert "  replay  " in done.stdout
+    assert list(tmp_path.iterdir()) == []

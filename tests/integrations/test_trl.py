@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,9 +15,11 @@ from training import (
     TEXT,
     assert_planned,
     assert_same_weights,
+    assert_script_is_fitted,
     assert_untouched,
     history,
     llama,
+    run_python,
     save_tokenizer,
     weights,
 )
@@ -266,3 +270,44 @@ def test_evaluation_between_updates(tmp_path, tokenizer):
     assert len(seen[0][0]) == 4
     assert seen[0] == seen[1]
     assert_planned(callback.summary())
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    done = run_python(tmp_path, str(Path(__file__).parents[2] / "examples" / "llm_lora_trl.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "\npeak " in done.stdout
+    assert "  replay  " in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import sys
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+torch.set_num_threads(1)
+torch.manual_seed(2)
+arguments = SFTConfig(
+    "out", max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+    bf16=False, max_length=48, save_strategy="no", gradient_checkpointing_kwargs={"every_n_layers": 2},
+)
+trainer = SFTTrainer(
+    model=LlamaForCausalLM.from_pretrained(%r),
+    args=arguments,
+    train_dataset=Dataset.from_dict({"text": %r}),
+    processing_class=AutoTokenizer.from_pretrained(%r),
+    peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj"], init_lora_weights=False),
+)
+trainer.train()
+print([entry["loss"].hex() for entry in trainer.state.log_history if "loss" in entry])
+"""
+
+
+def test_an_unmodified_script(tmp_path, tokenizer):
+    folder = tokenizer.name_or_path
+    summary = assert_script_is_fitted(tmp_path, SCRIPT % (folder, TEXT, folder))
+    assert any("was told to checkpoint its activations" in note for note in summary["notes"])
+    assert any(note.startswith("`every_n_layers=2` was taken over") for note in summary["notes"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -150,3 +153,31 @@ def written(folder):
 def trainer_state(folder):
     """What a checkpoint's `trainer_state.json` says."""
     return json.loads((Path(folder) / "trainer_state.json").read_text())
+
+
+def run_python(folder, *arguments):
+    """A Python process in a folder: one thread, no network, no other allocator."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MEMFIT_ALLOCATOR": "system"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+
+
+def assert_script_is_fitted(folder, text):
+    """An unmodified script that prints its losses last: as plain Python runs it. Returns the report."""
+    (folder / "train.py").write_text(text)
+    plain = run_python(folder, "train.py")
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    options = ["--budget", "min", "--report", "report.json"]
+    fitted = run_python(folder, "-m", "memfit", "run", *options, "--", "train.py")
+    assert fitted.returncode == 0, fitted.stderr[-3000:]
+    assert fitted.stdout.splitlines()[-1] == plain.stdout.splitlines()[-1]
+    summary = json.loads((folder / "report.json").read_text())
+    assert_planned(summary)
+    assert "was caught by transformers' Trainer" in summary["notes"][0]
+    return summary
