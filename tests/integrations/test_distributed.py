@@ -145,7 +145,8 @@ def train(
 
 
 def assert_replayed(summary: dict[str, Any]) -> None:
-    """Every block was replayed, and something was dropped."""
+    """Every block was replayed, something was dropped, and the optimizer that steps was known to be the model's."""
+    assert summary["steps"] > 0
     assert {block["mode"] for block in summary["blocks"]} == {"replay"}, summary["blocks"]
     assert all(block["recomputed_bytes"] for block in summary["blocks"]), summary["blocks"]
 
@@ -511,6 +512,21 @@ def test_another_model_on_one_rank_stops_all(two_ranks):
         assert outcome.seconds < 30
 
 
+def no_plan() -> None:
+    """A budget that the weights fit into, and the process does not."""
+    wrapped = DDP(make_model())
+    memfit.fit(wrapped, budget="64MiB")
+    for step in range(2):
+        ids = make_batch(step)
+        loss_of(wrapped(ids), ids).backward()
+
+
+def test_where_no_plan_fits_all_ranks_say_so(two_ranks):
+    outcomes = two_ranks("no plan")
+    assert len({outcome.error for outcome in outcomes}) == 1
+    assert outcomes[0].error.startswith("InfeasibleBudgetError: No plan fits 64.0 MiB"), outcomes[0]
+
+
 def lengths_by_rank() -> dict[str, Any]:
     """Rank 1 pads to other lengths, now and then."""
     lengths = (12, 12, 9, 12, 15, 12) if dist.get_rank() == 0 else (9, 12, 15, 12, 12, 18)
@@ -724,6 +740,7 @@ TWO: dict[str, Callable[[], Any]] = {
     "agree fsdp": partial(agree, "fsdp"),
     "agree accumulate": partial(agree, "ddp", 2),
     "another model": other_names,
+    "no plan": no_plan,
     "lengths": lengths_by_rank,
     "runs out 0": partial(runs_out, 0),
     "runs out 1": partial(runs_out, 1),
