@@ -27,6 +27,7 @@ from ranks import CLASSES, DEADLINE_SECONDS, Outcome, equal, loss_of, make_batch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import memfit
@@ -94,6 +95,8 @@ def train(
     lengths: tuple[int, ...] = (12,),
     unsynchronised: Callable[[nn.Module], Any] | None = None,
     look: Callable[[nn.Module], Any] | None = None,
+    batches: int | None = None,
+    one_by_one: bool = False,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], Any]:
     """Train, and keep losses, gradients and buffers of each optimizer step.
@@ -107,6 +110,8 @@ def train(
         lengths: Of the batches, in turn.
         unsynchronised: A context in which gradients are not reduced.
         look: Called with the wrapped model after each forward; what it returns is kept too.
+        batches: Whose batches and dropout masks, if not this rank's.
+        one_by_one: Whether the optimizer takes parameters one by one, as it must where only some are DTensors.
         options: Of the model.
 
     Returns:
@@ -118,13 +123,14 @@ def train(
     wrapped = wrap(model)
     if fit == "after":
         handle = memfit.fit(wrapped, **fitting)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
-    torch.manual_seed(100 + dist.get_rank())
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2, foreach=not one_by_one)
+    who = dist.get_rank() if batches is None else batches
+    torch.manual_seed(100 + who)
     found = []
     for step in range(steps):
         kept: dict[str, Any] = {}
         for part in range(accumulate):
-            ids = make_batch(step * accumulate + part, lengths[(step * accumulate + part) % len(lengths)])
+            ids = make_batch(step * accumulate + part, lengths[(step * accumulate + part) % len(lengths)], who)
             last = part == accumulate - 1
             with contextlib.nullcontext() if last or unsynchronised is None else unsynchronised(wrapped):
                 loss = loss_of(wrapped(ids), ids)
@@ -444,6 +450,89 @@ def test_fsdp2_on_four_ranks(four_ranks):
         assert len(found) == 3
 
 
+def shard_inside(model: Any) -> Any:
+    """Parts of a block are gathered and freed on their own while it runs."""
+    for block in model.blocks:
+        fully_shard(block.down)
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def shard_reading(model: Any) -> Any:
+    """Blocks whose Python reads a number: they cannot be replayed as a whole."""
+    for block in model.blocks:
+        block.forward = partial(reading, block.forward)
+    return shard(model)
+
+
+def reading(forward: Any, x: torch.Tensor) -> torch.Tensor:
+    return forward(x) * (1.0 if x.sum().item() < 1e9 else 2.0)
+
+
+def tensor_parallel(model: Any, mesh: Any = None) -> Any:
+    """The MLPs of blocks are split over ranks, with a reduction in every forward."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    for block in model.blocks:
+        plan = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(block, mesh, plan)
+    return model
+
+
+def tensor_and_data_parallel(model: Any) -> Any:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return shard(tensor_parallel(model, mesh["tensor"]), mesh=mesh["data"])
+
+
+ODD: dict[str, tuple[Wrap, str]] = {
+    "shards inside": (shard_inside, "descent"),
+    "reading": (shard_reading, "descent"),
+    "tensor parallel": (tensor_parallel, "fallback"),
+    "tensor and data parallel": (tensor_and_data_parallel, "fallback"),
+}
+"""What cannot be replayed as a whole, and what becomes of it."""
+
+
+def compare_odd(names: list[str]) -> list[str]:
+    found = []
+    for name in names:
+        wrap, mode = ODD[name]
+        split = dist.get_world_size() // 2 if "tensor" in name else dist.get_world_size()
+        batches = dist.get_rank() * split // dist.get_world_size()  # ranks that share a block see one batch
+        runs: list[Any] = []
+        for fit in ("", "after"):
+            calls: Counter[str] = Counter()
+            with counted_collectives() as count:
+                steps, summary = train(partial(counted_calls, wrap, calls), fit, batches=batches, one_by_one=True)
+            runs.append((steps, summary, count, calls["up"]))
+        (plain, _, expected, once), (fitted, summary, count, times) = runs
+        assert [b["mode"] for b in summary["blocks"] if b["name"].count(".") == 1] == [mode] * 3, summary["blocks"]
+        if mode == "descent":
+            assert sum(b["recomputed_bytes"] or 0 for b in summary["blocks"]) > 0, summary["blocks"]
+            assert count == expected
+            assert times == once + (3 if name == "reading" else 0)  # the first step, before the blocks were split
+        else:
+            assert times == 2 * once
+        found.append(f"{name}: {equal(fitted, plain) or 'equal'}")
+    return found
+
+
+def counted_calls(wrap: Wrap, calls: Counter[str], model: Any) -> nn.Module:
+    """Count how often one layer of the blocks runs."""
+    for block in model.blocks:
+        block.up.register_forward_hook(lambda module, args, output: calls.update(["up"]))
+    return wrap(model)
+
+
+def test_blocks_that_cannot_be_replayed_as_a_whole(equal_runs):
+    """Sharded inside, or reading data: their parts are replayed, nothing is gathered twice. DTensors: run again."""
+    for found in values(equal_runs("odd")):
+        assert found == [f"{name}: equal" for name in ("shards inside", "reading", "tensor parallel")]
+
+
+def test_tensor_parallel_blocks_sharded_over_other_ranks(four_ranks):
+    assert values(four_ranks("four odd")) == [["tensor and data parallel: equal"]] * 4
+
+
 # Ranks agree ----------------------------------------------------------------------------------------------------------
 
 
@@ -732,6 +821,7 @@ def test_an_actor_and_a_critic_agree_each_for_itself(two_ranks):
 
 
 EQUAL: dict[str, Callable[[], Any]] = {
+    "odd": partial(compare_odd, ["shards inside", "reading", "tensor parallel"]),
     "ddp": partial(compare_ddp, list(DDP_VARIANTS)),
     "accelerate": accelerated,
     "fsdp": partial(compare_fsdp, [name for name in FSDP_VARIANTS if name != "hybrid"]),
@@ -753,6 +843,7 @@ TWO: dict[str, Callable[[], Any]] = {
 FOUR: dict[str, Callable[[], Any]] = {
     "four ddp": partial(compare_ddp, ["plain", "accumulate"]),
     "four fsdp": partial(compare_fsdp, ["blocks", "hybrid"]),
+    "four odd": partial(compare_odd, ["tensor and data parallel"]),
     "four agree": partial(agree, "ddp"),
 }
 SCENARIOS = EQUAL | TWO | FOUR
