@@ -3,9 +3,9 @@
 NOTE [Ranks agree]: nothing here is a collective, so nothing can come between those of the user. Ranks talk through the
 store that `init_process_group` was given, with deadlines:
 
-- A model is trained together if its forward runs inside `DistributedDataParallel`, or if parameters are DTensors (FSDP2,
-  tensor parallel); with the ranks of that process group or mesh. Otherwise (pipeline stages, hand-written reductions) every rank is
-  on its own, and nothing is exchanged.
+- A model is trained together if its forward runs inside `DistributedDataParallel`, or if parameters are DTensors
+  (FSDP2, tensor parallel); with the ranks of that process group or mesh. Otherwise (pipeline stages, hand-written
+  reductions) every rank is on its own, and nothing is exchanged.
 - The first plan, and the one made when the optimizer's state has been born, are decided by the lowest rank from the
   worst rank's numbers: the most of every event's bytes and of every op's seconds, under the smallest budget. These two
   points every rank passes in the same step, since each backward in between was a collective. Where one does not (it

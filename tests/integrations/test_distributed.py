@@ -523,9 +523,9 @@ def counted_calls(wrap: Wrap, calls: Counter[str], model: Any) -> nn.Module:
     return wrap(model)
 
 
-def test_blocks_that_cannot_be_replayed_as_a_whole(equal_runs):
+def test_blocks_that_cannot_be_replayed_as_a_whole(two_ranks):
     """Sharded inside, or reading data: their parts are replayed, nothing is gathered twice. DTensors: run again."""
-    for found in values(equal_runs("odd")):
+    for found in values(two_ranks("odd")):
         assert found == [f"{name}: equal" for name in ("shards inside", "reading", "tensor parallel")]
 
 
@@ -821,12 +821,12 @@ def test_an_actor_and_a_critic_agree_each_for_itself(two_ranks):
 
 
 EQUAL: dict[str, Callable[[], Any]] = {
-    "odd": partial(compare_odd, ["shards inside", "reading", "tensor parallel"]),
     "ddp": partial(compare_ddp, list(DDP_VARIANTS)),
     "accelerate": accelerated,
     "fsdp": partial(compare_fsdp, [name for name in FSDP_VARIANTS if name != "hybrid"]),
 }
 TWO: dict[str, Callable[[], Any]] = {
+    "odd": partial(compare_odd, ["shards inside", "reading", "tensor parallel"]),
     "agree fsdp": partial(agree, "fsdp"),
     "agree accumulate": partial(agree, "ddp", 2),
     "another model": other_names,
