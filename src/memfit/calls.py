@@ -19,7 +19,7 @@ from memfit.narrowing import narrow_form, widen
 from memfit.plans import Policy
 from memfit.programs import Leaf
 from memfit.replay import CompiledPolicy, generator_of
-from memfit.sharding import place_of
+from memfit.sharding import local, place_of
 from memfit.storages import PLAIN_TYPES, is_small
 
 if TYPE_CHECKING:
@@ -305,14 +305,14 @@ class Call:
     def fall_back(self, *, defer: Callable[[RecomputeError], bool] | None, hashed: bool) -> None:
         """Drop everything; the module's forward runs again in the backward (rule 13)."""
         aliases: dict[int, torch.Tensor] = {}
-        saved = {h.tensor.data_ptr() for h in self.handles if h.tensor is not None}
+        saved = {local(h.tensor).data_ptr() for h in self.handles if h.tensor is not None}
         first = self.block.reruns == 0
 
         def detached(structure: Any) -> Any:
             if isinstance(structure, torch.Tensor):
                 alias = aliases.get(id(structure))
                 if alias is None:
-                    copy = copied(structure) if first and structure.data_ptr() not in saved else None
+                    copy = copied(structure) if first and local(structure).data_ptr() not in saved else None
                     alias = (structure.detach() if copy is None else copy).requires_grad_(structure.requires_grad)
                     aliases[id(structure)] = alias
                 return alias
@@ -332,28 +332,31 @@ class Call:
         else:
             frame.autocast = (device, None, True)
         parameters = list(self.block.module.parameters())
-        pointers = {p.data_ptr() for p in parameters} | {t.data_ptr() for t in self.tensors}
+        pointers = {local(t).data_ptr() for t in (*parameters, *self.tensors)}
+        parked = [h.tensor for h in self.handles if h.tensor is not None]
+        frame.foreign = any(local(t) is not t for t in (*parameters, *self.tensors, *parked))
         for given, version in zip(self.tensors, self.versions, strict=True):
-            alias, is_saved = aliases.get(id(given), given), given.data_ptr() in saved
-            if alias.data_ptr() != given.data_ptr():
+            alias, is_saved = aliases.get(id(given), given), local(given).data_ptr() in saved
+            if local(alias).data_ptr() != local(given).data_ptr():
                 frame.inputs.add(0, given, version, saved=is_saved, held=False)
                 version = alias._version
-            frame.versions.append((alias, version, alias.data_ptr(), is_saved))
+            frame.versions.append((alias, version, local(alias).data_ptr(), is_saved))
         frame.sharded, frame.defer = self.block.sharded, defer
         for parameter in parameters:
-            pointer = parameter.data_ptr()
-            place = place_of(parameter) if frame.sharded else pointer
+            pointer = local(parameter).data_ptr()
+            place = place_of(local(parameter)) if frame.sharded else pointer
             frame.versions.append((parameter, parameter._version, place, pointer in saved))
         dropped: dict[int, torch.Tensor] = {}
         for handle in self.handles:
             tensor = handle.tensor
             assert tensor is not None
             frame.metas.append(canary.meta(tensor))
-            if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or not tensor.numel():
+            held = local(tensor)
+            if type(held) not in PLAIN_TYPES or held.layout is not torch.strided or not held.numel():
                 continue
-            if tensor.data_ptr() in pointers or tensor._version != handle.version:
+            if held.data_ptr() in pointers or tensor._version != handle.version:
                 continue
-            dropped[handle.index] = tensor
+            dropped[handle.index] = held
             handle.frame = frame
             handle.tensor = None
         frame.samples = canary.Samples(canary.probes_of(dropped), dropped, self._turn(self.block.reruns))

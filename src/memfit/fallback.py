@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.frames import Handle, kept, passes
 from memfit.inputs import Inputs
 from memfit.replay import generator_of
-from memfit.sharding import place_of
+from memfit.sharding import local, place_of
 from memfit.signature import SCALARS, numeric_flags, plain_attributes, set_numeric_flags
 from memfit.storages import is_small
 
@@ -39,6 +39,7 @@ class ReplayOfModule:
         "defer",
         "distrust",
         "flags",
+        "foreign",
         "hashes",
         "inputs",
         "kwargs",
@@ -78,6 +79,7 @@ class ReplayOfModule:
         self.flags = numeric_flags()
         self.settings: _Settings = []
         self.sharded = False
+        self.foreign = False
         self.defer: Callable[[RecomputeError], bool] | None = None
         for child in module.modules():
             buffers: dict[str, Any] = dict(child._buffers)
@@ -87,7 +89,7 @@ class ReplayOfModule:
                 if is_small(buffer):
                     buffers[name] = buffer.detach().clone()  # distributed training writes it, and no version tells
                 else:
-                    self.versions.append((buffer, buffer._version, buffer.data_ptr(), False))
+                    self.versions.append((buffer, buffer._version, local(buffer).data_ptr(), False))
             plain = {name: value for name, value in child.__dict__.items() if isinstance(value, SCALARS)}
             self.settings += [(child._parameters, dict(child._parameters)), (child._buffers, buffers)]
             self.settings.append((child.__dict__, plain))
@@ -97,7 +99,7 @@ class ReplayOfModule:
 
     def unpack(self, handle: Handle) -> torch.Tensor:
         """The tensor behind a handle."""
-        with self.lock, torch._C._DisableTorchDispatch():
+        with self.lock, self._undisturbed():
             if not self.touched:
                 self.touched = True
                 if self.listener is not None:
@@ -120,8 +122,9 @@ class ReplayOfModule:
 
     def _check(self, index: int, value: torch.Tensor) -> None:
         """The canary of rule 4."""
+        value = local(value)
         ulp = self.samples.differs(index, value) if self.samples is not None else None
-        if ulp is not None and ulp <= canary.FEW_ULP:
+        if ulp is not None and ulp <= canary.FEW_ULP and not self.foreign:
             self._doubt(f"run again, a value differed by {ulp:.3g} ulp")
             return
         expected = self.hashes.get(index)
@@ -140,7 +143,10 @@ class ReplayOfModule:
     def _run(self) -> None:
         for tensor, version, place, is_saved in self.versions:
             sharded = self.sharded and isinstance(tensor, torch.nn.Parameter)
-            if tensor._version != version or (place_of(tensor) if sharded else tensor.data_ptr()) != place:
+            if (
+                tensor._version != version
+                or (place_of(local(tensor)) if sharded else local(tensor).data_ptr()) != place
+            ):
                 if not is_saved:
                     self._doubt(WRITTEN)
                 raise ChangedTensorError(
@@ -168,7 +174,7 @@ class ReplayOfModule:
                 _restored(self.settings),
                 set_numeric_flags(self.flags),
                 torch.enable_grad(),
-                torch._C._DisableTorchDispatch(),
+                self._undisturbed(),
                 torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache),
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
                 suppress(_AllPacked),
@@ -185,8 +191,14 @@ class ReplayOfModule:
             raise self._mismatch(f"{len(found)} saved tensors, were {wanted}")
         self.values = dict(enumerate(found))
 
+    def _undisturbed(self) -> AbstractContextManager[Any]:
+        """What Memfit does is nobody's business; but DTensors are made of dispatch."""
+        return nullcontext() if self.foreign else torch._C._DisableTorchDispatch()
+
     def _doubt(self, why: str) -> None:
-        if self.distrust is not None:
+        # NOTE [Blocks that gather]: a block of DTensors calls collectives, and again when it runs again, as every rank
+        # of its mesh does. So how it is run may depend on what all of them see, its program, and on nothing else.
+        if self.distrust is not None and not self.foreign:
             self.distrust(why)
 
     def _mismatch(self, detail: str, which: str = "what it saved") -> RecomputeError:

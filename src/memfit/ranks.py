@@ -3,16 +3,16 @@
 NOTE [Ranks agree]: nothing here is a collective, so nothing can come between those of the user. Ranks talk through the
 store that `init_process_group` was given, with deadlines:
 
-- A model is trained together if its forward runs inside `DistributedDataParallel`, or if `fully_shard` wrapped any of
-  it; with the ranks of that process group or mesh. Otherwise (pipeline stages, hand-written reductions) every rank is
-  on its own, and nothing is exchanged.
+- A model is trained together if its forward runs inside `DistributedDataParallel`, or if parameters are DTensors
+  (FSDP2, tensor parallel); with the ranks of that process group or mesh. Otherwise (pipeline stages, hand-written
+  reductions) every rank is on its own, and nothing is exchanged.
 - The first plan, and the one made when the optimizer's state has been born, are decided by the lowest rank from the
   worst rank's numbers: the most of every event's bytes and of every op's seconds, under the smallest budget. These two
   points every rank passes in the same step, since each backward in between was a collective. Where one does not (it
   retries, or met another shape), it says so, or the others wait until the deadline; then every rank decides alone.
 - Everything later (another sequence of shapes, a correction after a peak) each rank decides alone: others need not be
   there, and plans may differ without harm. A plan changes when a tensor exists, never its value; and recipes call no
-  collective, so no rank waits in its backward for what another does not run.
+  collective, so no rank waits in its backward for what another does not run (see NOTE [Blocks that gather]).
 - Another *model* on one rank stops all of them. Another *program* (a rank that logs, or pads to another length) is
   legitimate, and only means that there is no common plan.
 - A canary's error is raised where the optimizer is about to step, on all ranks: whoever finds it says so in the store

@@ -34,6 +34,7 @@ from memfit.links import Links
 from memfit.parking import park, park_and_snapshot
 from memfit.plans import Policy
 from memfit.programs import Program
+from memfit.sharding import shards_inside
 from memfit.signature import numeric_flags, output_tensors, parameter_slots, read_arguments
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
@@ -307,8 +308,10 @@ class Runtime:
     def _not_replayable(self, call: Call, program: Program, why: str) -> None:
         """Rule 13: descend, then fall back, else leave it plain."""
         block = call.block
-        safe = not program.writes and not program.python_random and not program.foreign
-        children = replayable_children(block.module) if why != UNSTEADY else []  # theirs would change too
+        again = program.foreign == "DTensor" and not shards_inside(block.module)  # what a second run gathers is its own
+        safe = not program.writes and not program.python_random and (again or not program.foreign)
+        whole = why == UNSTEADY or (again and safe)  # the children's would change too; or show DTensors too
+        children = [] if whole else replayable_children(block.module)
         position = self.blocks.index(block)
         if children:
             block.mode, block.reason = "descent", why

@@ -91,17 +91,13 @@ def owned_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def mesh_ranks(model: torch.nn.Module) -> tuple[int, ...]:
-    """The ranks among which FSDP2 shards or replicates ``model``; empty where it does not."""
-    fsdp = _fsdp_class()
-    if fsdp is None:
-        return ()
-    for module in model.modules():
-        if isinstance(module, fsdp):
-            for group in _groups(module):
-                mesh = getattr(getattr(group, "mesh_info", None), "mesh", None)
-                if mesh is not None:
-                    return tuple(sorted(mesh.mesh.flatten().tolist()))
-    return ()
+    """The ranks among which parameters of ``model`` are sharded or replicated; empty where they are plain tensors."""
+    ranks: set[int] = set()
+    for parameter in owned_parameters(model):
+        mesh: Any = getattr(parameter, "device_mesh", None)
+        if mesh is not None:
+            ranks.update(mesh.mesh.flatten().tolist())
+    return tuple(sorted(ranks))
 
 
 def _groups(module: torch.nn.Module) -> list[Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from memfit import ops
 from memfit.bits import all_equal, fingerprint
 from memfit.programs import MUTATED, UNKNOWN, Leaf, Program, ProgramNode, ProgramOp, Value
+from memfit.sharding import local
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
@@ -28,6 +32,7 @@ class Storages:
         self._hash: dict[int, object] = {}
         self.raw: set[int] = set()  # nodes that nothing has written yet
         self._sizes: list[tuple[StorageWeakRef, int]] = []
+        self._made: set[int] = set()  # by ops that are not recorded
 
     def new_nodes(
         self,
@@ -123,6 +128,20 @@ class Storages:
                 node.mask_scale = float(tensor.max()) if tensor.numel() else None
                 if node.mask_scale == 0.0:
                     node.mask_scale = None
+
+    def run_foreign(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an op that is not recorded, as tensors of unknown types are about: does it write what it was given?"""
+        for tensor in ops.written(func, args, kwargs):
+            address = address_of(local(tensor))
+            number = self.current.get(address)
+            node = self.program.nodes[number] if number is not None else None
+            if address not in self._made and (node is None or node.producer is None):
+                self.program.writes = self.program.writes or f"{ops.base_name(func)} writes a tensor from outside"
+        out = func(*args, **kwargs)
+        given = {address_of(local(t)) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        found = {address_of(local(t)) for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        self._made |= found - given
+        return out
 
     def add_leaf(self, leaf: Leaf, tensor: torch.Tensor) -> None:
         """A tensor that the block is given."""

@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
                 program.foreign = program.foreign or type(tensor).__name__
         if program.foreign:
-            return func(*args, **kwargs)
+            return self._nodes.run_foreign(func, args, kwargs)
         if torch.Tag.data_dependent_output in func.tags and not program.data_dependent:
             program.data_dependent = "item()" if ops.base_name(func) == "_local_scalar_dense" else ops.base_name(func)
         if (
