@@ -55,10 +55,12 @@ check: $(STAMP)-dev tcmalloc
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
+TESTS_transformers := tests/integrations/test_transformers_peft.py
+
 integrations: $(INTEGRATIONS)
 
 $(INTEGRATIONS): integrations-%: .integrations/%/.memfit tcmalloc
-	.integrations/$*/bin/python -m pytest tests/integrations/test_$*.py
+	.integrations/$*/bin/python -m pytest tests/integrations/test_$*.py $(TESTS_$*)
 
 .integrations/%/.memfit: tests/integrations/stacks/%.txt pyproject.toml
 	$(CHECK_PYTHON)

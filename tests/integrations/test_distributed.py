@@ -23,7 +23,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import CLASSES, DEADLINE_SECONDS, Outcome, equal, loss_of, make_batch, make_model, run, values, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -33,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import memfit
 import memfit.errors
 from memfit import ranks
+from ranks import CLASSES, DEADLINE_SECONDS, Outcome, equal, loss_of, make_batch, make_model, run, values, whole
 
 STEPS = 5
 

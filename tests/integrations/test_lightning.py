@@ -17,9 +17,8 @@ from torch import nn
 pytest.importorskip("lightning")
 pytest.importorskip("pytorch_lightning")
 
-from training import assert_planned, assert_same_weights, assert_untouched, bert, llama, rows, weights
-
 from memfit.errors import UsageError
+from training import assert_planned, assert_same_weights, assert_untouched, bert, llama, rows, weights
 
 NAMES = ["lightning.pytorch", "pytorch_lightning"]
 

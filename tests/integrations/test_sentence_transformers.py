@@ -24,6 +24,8 @@ from sentence_transformers import (
 from sentence_transformers.cross_encoder import losses as rerankings
 from sentence_transformers.sentence_transformer import losses as embeddings
 from sentence_transformers.sparse_encoder import losses as sparse
+
+from memfit.integrations.transformers import MemfitCallback
 from training import (
     TEXT,
     assert_planned,
@@ -37,8 +39,6 @@ from training import (
     weights,
     written,
 )
-
-from memfit.integrations.transformers import MemfitCallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -17,6 +17,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("tensorboard")
 
 from torch.utils.checkpoint import CheckpointFunction
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import memfit
+from memfit.errors import BudgetError, InfeasibleBudgetError, ModelError, UsageError
+from memfit.integrations.transformers import MemfitCallback
 from training import (
     assert_planned,
     assert_same_weights,
@@ -29,11 +34,6 @@ from training import (
     weights,
     written,
 )
-from transformers import Trainer, TrainerCallback, TrainingArguments
-
-import memfit
-from memfit.errors import BudgetError, InfeasibleBudgetError, ModelError, UsageError
-from memfit.integrations.transformers import MemfitCallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),

@@ -10,12 +10,12 @@ import torch
 pytest.importorskip("peft")
 
 import peft
-from training import assert_planned, assert_same_weights, assert_untouched, history, llama, rows, weights, written
 from transformers import Trainer, TrainingArguments
 
 import memfit
 from memfit.errors import RecomputeError
 from memfit.integrations.transformers import MemfitCallback
+from training import assert_planned, assert_same_weights, assert_untouched, history, llama, rows, weights, written
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`gradient_checkpointing.*deprecated.*:FutureWarning"),

@@ -11,18 +11,6 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig
-from training import (
-    TEXT,
-    assert_planned,
-    assert_same_weights,
-    assert_script_is_fitted,
-    assert_untouched,
-    history,
-    llama,
-    run_python,
-    save_tokenizer,
-    weights,
-)
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 from trl import (
     DPOConfig,
@@ -36,6 +24,18 @@ from trl import (
 )
 
 from memfit.integrations.transformers import MemfitCallback
+from training import (
+    TEXT,
+    assert_planned,
+    assert_same_weights,
+    assert_script_is_fitted,
+    assert_untouched,
+    history,
+    llama,
+    run_python,
+    save_tokenizer,
+    weights,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
