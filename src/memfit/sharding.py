@@ -25,10 +25,10 @@ def _fsdp_class() -> type | None:
     return found
 
 
-def _is_wrapped(module: torch.nn.Module, fsdp: type | None) -> bool:
-    if fsdp is not None and isinstance(module, fsdp):
+def _is_wrapped(module: torch.nn.Module) -> bool:
+    if hasattr(module, "_get_fsdp_state") or "_fsdp_wrapped_module" in module._modules:
         return True
-    return "_fsdp_wrapped_module" in module._modules or hasattr(next(module.parameters(recurse=False), None), "ds_id")
+    return hasattr(next(module.parameters(recurse=False), None), "ds_id")
 
 
 def is_sharded(module: torch.nn.Module, above: Modules = ()) -> bool:
@@ -38,12 +38,11 @@ def is_sharded(module: torch.nn.Module, above: Modules = ()) -> bool:
         module: The block.
         above: The modules that it is in: what wraps one of them may shard the block's parameters with its own.
     """
-    fsdp = _fsdp_class()
     for reference in above:
         parent = reference()
-        if parent is not None and _is_wrapped(parent, fsdp):
+        if parent is not None and _is_wrapped(parent):
             return True
-    return any(_is_wrapped(child, fsdp) for child in module.modules())
+    return any(_is_wrapped(child) for child in module.modules())
 
 
 def shards_inside(module: torch.nn.Module) -> bool:

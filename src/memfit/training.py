@@ -34,6 +34,8 @@ class TrainingState:
         if model is None:
             return
         trainable = [p for p in owned_parameters(model) if p.requires_grad]
+        if self._trainable and not all(p.is_leaf for p in trainable):
+            return  # `functional_call` has put what it was given in their places, for this forward
         identities = {id(p) for p in trainable}
         if identities != self._identities:
             self._trainable, self._identities = trainable, identities
