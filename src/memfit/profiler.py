@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memfit.errors import PlanError
 from memfit.links import is_held_elsewhere
 from memfit.memory import Meter
 from memfit.profiles import BlockCall, Link, ProgramProfile, StepEvent, StepProfile
@@ -57,6 +58,7 @@ class Reading:
         optimizer_state: Its state after that step.
         gradients_end: Of gradients, when the backward had ended.
         end_bytes: Held then.
+        unseen: By program, what its backwards needed beyond their working sets, once that has been found out.
     """
 
     start_bytes: int
@@ -69,6 +71,7 @@ class Reading:
     optimizer_state: int = 0
     gradients_end: int = 0
     end_bytes: int = 0
+    unseen: dict[str, int] | None = None
 
 
 class Profiler:
@@ -236,7 +239,8 @@ def step_profile(
         key=lambda i: reading.calls[i].backward_order,
     )
     gone: set[int] = set()
-    unseen = _unseen(reading, programs, replayed)
+    if reading.unseen is None:
+        reading.unseen = _unseen(reading, programs, replayed)
     # NOTE [Scattered pages]: a CPU allocator cannot hand back a page of which anything is in use. What it holds beyond
     # the tensors grows through a profiled step, is there for later allocations, and is gone when the step is over.
     over = reading.end_bytes - reading.gradients_end + now.gradients_start + now.born_bytes - reading.start_state
@@ -267,7 +271,7 @@ def step_profile(
                     kind="backward",
                     call=place[index],
                     live_calls=live,
-                    outside_bytes=max(outside, 0) + unseen.get(call.program, 0),
+                    outside_bytes=max(outside, 0) + reading.unseen.get(call.program, 0),
                 )
             )
         gone.add(index)
@@ -320,7 +324,10 @@ def _unseen(reading: Reading, programs: dict[str, ProgramProfile], replayed: Ite
         if call.backward_start is None or call.backward_peak is None or call.policy is None:
             continue
         program = programs[call.program]
-        expected = working_set(program, call.policy)
+        try:
+            expected = working_set(program, call.policy)
+        except PlanError:
+            continue  # another recording of the program has shown since that less can be brought back
         grown = call.backward_peak - call.backward_start - (expected.peak_bytes - expected.kept_bytes)
         beyond.setdefault(call.program, []).append(max(0, grown))
     return {key: sorted(values)[len(values) // 2] for key, values in beyond.items()}
