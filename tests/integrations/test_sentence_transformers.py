@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -28,13 +26,13 @@ from sentence_transformers.sparse_encoder import losses as sparse
 from memfit.integrations.transformers import MemfitCallback
 from training import (
     TEXT,
+    assert_example_runs,
     assert_planned,
     assert_same_weights,
     assert_script_is_fitted,
     assert_untouched,
     bert,
     history,
-    run_python,
     save_tokenizer,
     weights,
     written,
@@ -259,11 +257,7 @@ def test_sparse_encoders(folders, tmp_path, loss):
 
 
 def test_the_example_runs_as_it_stands(tmp_path):
-    done = run_python(tmp_path, str(Path(__file__).parents[2] / "examples" / "reranker_sentence_transformers.py"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "\npeak " in done.stdout
-    assert "  replay  " in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert_example_runs(tmp_path, "reranker_sentence_transformers.py")
 
 
 SCRIPT = """

@@ -23,13 +23,13 @@ import memfit
 from memfit.errors import BudgetError, InfeasibleBudgetError, ModelError, UsageError
 from memfit.integrations.transformers import MemfitCallback
 from training import (
+    assert_example_runs,
     assert_planned,
     assert_same_weights,
     assert_untouched,
     history,
     llama,
     rows,
-    run_python,
     trainer_state,
     weights,
     written,
@@ -612,8 +612,4 @@ def test_the_model_is_fitted_before_it_is_wrapped(tmp_path):
 
 
 def test_the_example_runs_as_it_stands(tmp_path):
-    done = run_python(tmp_path, str(Path(__file__).parents[2] / "examples" / "plain_loop.py"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "\npeak " in done.stdout
-    assert "  replay  " in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert_example_runs(tmp_path, "plain_loop.py")

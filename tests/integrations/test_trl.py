@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -26,13 +24,13 @@ from trl import (
 from memfit.integrations.transformers import MemfitCallback
 from training import (
     TEXT,
+    assert_example_runs,
     assert_planned,
     assert_same_weights,
     assert_script_is_fitted,
     assert_untouched,
     history,
     llama,
-    run_python,
     save_tokenizer,
     weights,
 )
@@ -273,11 +271,7 @@ def test_evaluation_between_updates(tmp_path, tokenizer):
 
 
 def test_the_example_runs_as_it_stands(tmp_path):
-    done = run_python(tmp_path, str(Path(__file__).parents[2] / "examples" / "llm_lora_trl.py"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "\npeak " in done.stdout
-    assert "  replay  " in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert_example_runs(tmp_path, "llm_lora_trl.py")
 
 
 SCRIPT = """

@@ -168,6 +168,15 @@ def run_python(folder, *arguments):
     )
 
 
+def assert_example_runs(folder, name):
+    """An example as it stands: it shows a report with replayed blocks, and leaves nothing behind."""
+    done = run_python(folder, str(Path(__file__).parents[2] / "examples" / name))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "\npeak " in done.stdout
+    assert "  replay  " in done.stdout
+    assert list(folder.iterdir()) == []
+
+
 def assert_script_is_fitted(folder, text):
     """An unmodified script that prints its losses last: as plain Python runs it. Returns the report."""
     (folder / "train.py").write_text(text)
