@@ -113,6 +113,9 @@ class CpuMeter(Meter):
 
     def release(self) -> None:
         host.release()
+        limited = heap()
+        if limited is not None:
+            limited.settle()
 
     def show_what_lives(self, on: bool) -> None:
         limited = heap()
