@@ -58,15 +58,23 @@ def _optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
-def _language_model(make: Make, *, vocab: int, batch: int, tokens: int, optimizer: str) -> Build:
-    """A builder for models that take `input_ids` and `labels`."""
+def _language_model(
+    make: Make, *, vocab: int, batch: int, tokens: int, optimizer: str, shortest: int | None = None
+) -> Build:
+    """A builder for models that take `input_ids` and `labels`.
+
+    With ``shortest`` every batch has a length of its own, from there to ``tokens``; the mean lies at a third.
+    """
 
     def build(device: str) -> Built:
         torch.manual_seed(0)
         model = make().to(device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16).train()
 
         def make_batch(generator: torch.Generator) -> Batch:
-            ids = torch.randint(10, vocab, (batch, tokens), generator=generator)
+            length = tokens
+            if shortest is not None:
+                length = shortest + int((tokens - shortest) * float(torch.rand((), generator=generator)) ** 2)
+            ids = torch.randint(10, vocab, (batch, length), generator=generator)
             return {"input_ids": ids, "labels": ids}
 
         return Built(
@@ -90,7 +98,15 @@ def _classifier(make: Make, batches: Callable[[torch.Generator], Batch], *, opti
 
 
 def llama(
-    *, layers: int, hidden: int, heads: int, batch: int, tokens: int, vocab: int = 8192, optimizer: str = "sgd"
+    *,
+    layers: int,
+    hidden: int,
+    heads: int,
+    batch: int,
+    tokens: int,
+    vocab: int = 8192,
+    optimizer: str = "sgd",
+    shortest: int | None = None,
 ) -> Build:
     """Llama-like: RMS norms, rotary embeddings, a gated MLP of 8/3 of the hidden size."""
 
@@ -110,7 +126,7 @@ def llama(
         model: nn.Module = LlamaForCausalLM(config)
         return model
 
-    return _language_model(make, vocab=vocab, batch=batch, tokens=tokens, optimizer=optimizer)
+    return _language_model(make, vocab=vocab, batch=batch, tokens=tokens, optimizer=optimizer, shortest=shortest)
 
 
 def bert(*, layers: int, hidden: int, heads: int, batch: int, tokens: int, optimizer: str = "sgd") -> Build:
@@ -325,13 +341,30 @@ HELD_CASES: dict[str, Case] = {
 }
 
 
+LENGTH_CASES: dict[str, dict[str, Case]] = {
+    "cpu": {
+        "lengths": Case(
+            title="Llama-like, 12 layers, hidden 384, 4 × 64 to 512 tokens, every batch of another length",
+            build=llama(layers=12, hidden=384, heads=6, batch=4, tokens=512, shortest=64),
+        )
+    },
+    "cuda": {
+        "lengths": Case(
+            title="Llama-like, bf16, 16 layers, hidden 2048, 4 × 512 to 4096 tokens, every batch of another length",
+            build=llama(layers=16, hidden=2048, heads=16, batch=4, tokens=4096, shortest=512, vocab=32768),
+        )
+    },
+}
+
+
 def find(name: str, device: str) -> Case:
-    """A case by name: step cases by the device's kind, held cases anywhere.
+    """A case by name: step and length cases by the device's kind, held cases anywhere.
 
     Raises:
         KeyError: No such case.
     """
-    cases = STEP_CASES["cuda" if device.startswith("cuda") else "cpu"]
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    cases = {**STEP_CASES[kind], **LENGTH_CASES[kind]}
     return cases[name] if name in cases else HELD_CASES[name]
 
 

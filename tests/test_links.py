@@ -695,7 +695,7 @@ def test_the_profile_names_the_nodes() -> None:
     with memfit.fit(model, budget="min") as handle:
         for i in range(3):
             gradients(model, data(i))
-        (fitted,) = handle._plans.values()
+        ((_, fitted),) = handle._planned
         program = handle.runtime.states[fitted.profile.calls[0].program].program
         link = Link(input=0, output=program.outputs[0].node)
         assert [call.link for call in fitted.profile.calls] == [None, link, link, link]

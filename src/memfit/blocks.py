@@ -82,6 +82,12 @@ class Block:
             self.own = storages_of(self.slots)
             self.sharded = is_sharded(self.module, self.above)
 
+    def unhook(self) -> None:
+        """Take its hooks off."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
     def forget(self, signature: Any) -> None:
         """A call was not what its recording says: the next one is recorded again."""
         self.entries.pop(signature, None)

@@ -72,6 +72,13 @@ class Decider:
             plan = self._within_budget(profile, budget)
         return plan
 
+    def again(self, profile: StepProfile, budget: int) -> Plan | None:
+        """A plan for a smaller step, with the room that the larger one has; ``None`` where that does not fit."""
+        try:
+            return self._solve(profile, budget, self._slack.bytes)
+        except InfeasibleBudgetError:
+            return None
+
     def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
         """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
         slack = self._slack

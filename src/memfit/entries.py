@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from memfit.checks import Checks
 from memfit.errors import MemfitError
 from memfit.plans import Policy
 from memfit.programs import Leaf, Program, ProgramNode
 from memfit.replay import CompiledPolicy, compile_policy
+from memfit.shapes import Shape, shape_of
 
 if TYPE_CHECKING:
+    from memfit.blocks import Block
     from memfit.runtime import Runtime
 
 
@@ -31,6 +33,18 @@ class ProgramState:
         self.saved_leaves = saved_leaves(program)
         self.held: frozenset[int] = frozenset()
         self._freed: set[int] = set()
+        self._shape: tuple[int, Shape] | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """What decides whether the policies of another program will do for this one, and its for another."""
+        if self._shape is None or self._shape[0] != self.version:
+            self._shape = (self.version, shape_of(self.program, self.demoted))
+        return self._shape[1]
+
+    def is_resized(self, program: Program) -> bool:
+        """Whether ``program`` is this one with other sizes."""
+        return program.key != self.key and shape_of(program, self.demoted).form == self.shape.form
 
     def compile(self, policy: Policy | None) -> CompiledPolicy:
         """The policy (``None``: keep everything) with demoted values kept."""
@@ -116,6 +130,21 @@ class Entry:
         self.recordings = 0
         self.record_after = 0
         self.record_again = False
+
+
+def recorded_alike(block: Block, blocks: Iterable[Block], signature: Any) -> Entry | None:
+    """What ``signature`` is for a block of the same class that was recorded equal to ``block`` before (rule 10)."""
+    if not block.entries:
+        return None
+    known = {s: e.state.key for s, e in block.entries.items()}
+    for other in blocks:
+        entry = other.entries.get(signature)
+        if other is block or entry is None or type(other.module) is not type(block.module):
+            continue
+        shared = [s for s in known if s in other.entries]
+        if shared and all(other.entries[s].state.key == known[s] for s in shared):
+            return entry
+    return None
 
 
 def saved_leaves(program: Program) -> tuple[tuple[Leaf, int, int], ...]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from memfit.entries import ProgramState
 from memfit.errors import MemfitError
 from memfit.limits import Limits, limits
-from memfit.plans import Plan
+from memfit.plans import Plan, Policy
 from memfit.profiler import Profiler
-from memfit.profiles import StepProfile
+from memfit.profiles import ProgramProfile, StepProfile
 from memfit.solver.peak import simulate
+
+MAX_SMALLER = 4096
+"""Policies of smaller programs that one plan remembers."""
 
 
 class Removable(Protocol):
@@ -36,8 +40,12 @@ class Fitted:
     """A plan in force for one sequence of block calls."""
 
     __slots__ = (
+        "_shapes",
+        "_smaller",
         "_versions",
+        "derived",
         "forward_bytes",
+        "indices",
         "limits",
         "names",
         "peak",
@@ -46,6 +54,7 @@ class Fitted:
         "profile",
         "profiler",
         "raw_peak",
+        "size",
         "stale",
         "state_reserved",
         "steps",
@@ -60,11 +69,30 @@ class Fitted:
         profile: StepProfile,
         state_reserved: bool,
         limit: int | None,
-        versions: Mapping[str, int],
+        states: Mapping[str, ProgramState],
+        *,
+        derived: bool = False,
     ) -> None:
-        """A plan for ``profile`` that must stay within ``limit`` bytes, if there is one; of these program versions."""
+        """A plan for ``profile``.
+
+        Args:
+            plan: The plan.
+            raw_peak: What it is predicted to need, in bytes, the slack left out.
+            indices: For each call of the profile its index among the block calls of the step.
+            profiler: Of the step that was profiled.
+            profile: What the step costs.
+            state_reserved: Whether the optimizer's state is yet to be born.
+            limit: Bytes within which the step must stay, if there are any.
+            states: The programs, as they are now.
+            derived: Whether it was made from the profile of a step of larger shapes.
+        """
         self.plan = plan
-        self._versions = dict(versions)
+        self.indices = indices
+        self.derived = derived
+        self._versions = {key: states[key].version for key in profile.programs}
+        self._shapes = {key: states[key].shape for key in profile.programs}
+        self._smaller: dict[tuple[int, str, int], Policy | None] = {}
+        self.size = sum(self._shapes[call.program].total for call in profile.calls)
         self.raw_peak = raw_peak
         self.profiler = profiler
         self.profile = profile
@@ -86,6 +114,43 @@ class Fitted:
         self.peak = 0
         self.steps = 0
         self.state_reserved = state_reserved
+
+    def policy_of(self, state: ProgramState, index: int, name: str, *, smaller: bool) -> Policy | None:
+        """What it has block call ``index`` do, if that is ``name`` and runs the program, or a ``smaller`` one."""
+        policy = self.policies.get(index)
+        if policy is None or self.names[index] != name:
+            return None
+        if policy.program == state.key:
+            return policy
+        if not smaller:
+            return None
+        key = (index, state.key, state.version)
+        if key not in self._smaller:
+            if len(self._smaller) >= MAX_SMALLER:
+                self._smaller.clear()
+            covers = self._shapes[policy.program].covers(state.shape)
+            self._smaller[key] = replace(policy, program=state.key) if covers else None
+        return self._smaller[key]
+
+    def takes(self, given: list[tuple[int, ...]], name: str) -> bool:
+        """Whether a step whose first block call is given tensors of these sizes is likely to be a smaller one."""
+        policy = self.policies.get(0)
+        return policy is not None and self.names[0] == name and self._shapes[policy.program].takes(given)
+
+    def share(self, sequence: Sequence[tuple[str, str]], states: Mapping[str, ProgramState]) -> float:
+        """How large a smaller step of these calls is, against the one that was planned; 0 if the calls are others."""
+        own = [sequence[index] if index < len(sequence) else ("", "") for index in self.indices]
+        if any(
+            key not in states or name != call.name for (name, key), call in zip(own, self.profile.calls, strict=True)
+        ):
+            return 0.0
+        return sum(states[key].shape.total for _, key in own) / max(1, self.size)
+
+    def resized(self, sequence: Sequence[tuple[str, str]], programs: Mapping[str, ProgramProfile]) -> StepProfile:
+        """What a smaller step costs at most, of these programs: outside of blocks as much as the larger one."""
+        keys = [sequence[index][1] for index in self.indices]
+        calls = tuple(replace(call, program=key) for call, key in zip(self.profile.calls, keys, strict=True))
+        return replace(self.profile, programs={key: programs[key] for key in sorted(set(keys))}, calls=calls)
 
     def is_outdated(self, states: Mapping[str, ProgramState]) -> bool:
         """Whether its programs have shown more since: values that prove themselves, are held anyway, or differ."""

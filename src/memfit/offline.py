@@ -35,12 +35,12 @@ def rehearse(handle: Handle, model: torch.nn.Module, batch: Any, loss: Loss | No
                 value.backward()  # type: ignore[no-untyped-call]
             del value
             handle._finish_step()
-            if handle._pending is None:
+            if handle._planning.pending is None:
                 raise ModelError(f"No block of {type(model).__name__} took part in the backward of this loss.")
             handle.runtime.calls = []
             for parameter in parameters:
                 parameter.grad = None
-            handle._settle_plan()
+            handle._planning.settle()
     finally:
         model.train(training)
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -22,7 +22,7 @@ from memfit import graph
 from memfit.blocks import Block, replayable_children
 from memfit.calls import Call
 from memfit.canary import Turns
-from memfit.entries import Entry, ProgramState
+from memfit.entries import Entry, ProgramState, recorded_alike
 from memfit.errors import RecomputeError
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
@@ -43,11 +43,13 @@ from memfit.verification import verify
 VERIFIED_CALLS = 3
 GRAPH_CHECKED_CALLS = 8
 GRAPH_CHECK_PERIOD = 16
-MAX_PROGRAMS_PER_BLOCK = 48
+MAX_PROGRAMS_PER_BLOCK = 128
 UNSTEADY = "its program changes from call to call"
 MAX_PROGRAMS = 512
 """Of a model; beyond it those that no block remembers are forgotten."""
 MAX_RECORDINGS_IN_A_ROW = 32
+RECORDING_FORWARDS = 5
+"""What a recording costs, in forwards of the block."""
 
 
 class Runtime:
@@ -61,6 +63,7 @@ class Runtime:
         self.choose: Callable[[ProgramState, int, str], Policy | None] = lambda state, index, name: None
         self.listener: Listener | None = None
         self.step_began: Callable[[], None] = lambda: None
+        self.first_called: Callable[[Call, Entry | None], None] = lambda call, entry: None
         self.has_room: Callable[[int], bool] = lambda index: True
         self.defer: Callable[[RecomputeError], bool] | None = None
         self.keeper = Keeper()
@@ -73,6 +76,7 @@ class Runtime:
         self.notes: dict[str, str] = {}
         self.recorded = 0
         self.record_seconds = 0.0
+        self._num_calls = self._step_recordings = 0  # block calls of the last step, recordings of this one
         self._turns = Turns()
         self._local = threading.local()
         self.links = Links(self.note, self._written)
@@ -107,9 +111,7 @@ class Runtime:
         for hook in self._root_hooks:
             hook.remove()
         for block in self.blocks:
-            for hook in block.hooks:
-                hook.remove()
-            block.hooks = []
+            block.unhook()
         self.calls = []
 
     def note(self, key: str, text: str) -> None:
@@ -148,6 +150,7 @@ class Runtime:
                 return  # several forwards before one backward
         self.step_began()
         self.begun = True
+        self._num_calls, self._step_recordings = len(self.calls), 0
         self.calls = []
         self.backward_seen = False
         self._first_frame = None
@@ -193,11 +196,11 @@ class Runtime:
         call.flags = flags
         call.owner = sys._getframe(2)
         self.calls.append(call)
+        entry = block.entries.get(signature) or self._adopt(block, signature)
+        if call.index == 0:
+            self.first_called(call, entry)
         if self.listener is not None:
             self.listener.block_entered(call)
-        entry = block.entries.get(signature)
-        if entry is None:
-            entry = self._adopt(block, signature)
         call.signature = signature
         if block.mode == "fallback":
             call.compiled = None
@@ -241,19 +244,12 @@ class Runtime:
 
     def _adopt(self, block: Block, signature: Any) -> Entry | None:
         """A recording of a block that has been recorded equal to this one before (rule 10)."""
-        if not block.entries:
+        found = recorded_alike(block, self.blocks, signature)
+        if found is None:
             return None
-        known = {s: e.state.key for s, e in block.entries.items()}
-        for other in self.blocks:
-            entry = other.entries.get(signature)
-            if other is block or entry is None or type(other.module) is not type(block.module):
-                continue
-            shared = [s for s in known if s in other.entries]
-            if shared and all(other.entries[s].state.key == known[s] for s in shared):
-                adopted = Entry(entry.state)
-                self._remember(block, signature, adopted)
-                return adopted
-        return None
+        adopted = Entry(found.state)
+        self._remember(block, signature, adopted)
+        return adopted
 
     def _remember(self, block: Block, signature: Any, entry: Entry) -> None:
         if len(block.entries) >= MAX_PROGRAMS_PER_BLOCK:
@@ -273,11 +269,10 @@ class Runtime:
 
     def _finish_recording(self, call: Call, output: Any) -> None:
         started = time.perf_counter()
-        block, recorder = call.block, call.recorder
+        block, recorder, inputs = call.block, call.recorder, call.tensors
         assert recorder is not None
         call.recorder = None
         outputs = output_tensors(output)
-        inputs = call.tensors
         custom: set[int] = set()
         for node in graph.custom_nodes(outputs, inputs):
             custom |= call.packed_by(node)
@@ -285,7 +280,8 @@ class Runtime:
         program.forward_seconds = max(started - call.started - program.record_seconds, 1e-9)
         self.recorded += 1
         self.record_seconds += time.perf_counter() - call.started
-        block.recordings_in_a_row += 1
+        if not self._is_cheap() or not any(entry.state.is_resized(program) for entry in block.entries.values()):
+            block.recordings_in_a_row += 1
         why = program.not_replayable
         if not why and block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
             why = UNSTEADY
@@ -305,6 +301,11 @@ class Runtime:
         call.fresh = True
         self._finish(call, output)
 
+    def _is_cheap(self) -> bool:
+        """Whether the recordings of this step cost a forward at most: then lengths may change with every batch."""
+        self._step_recordings += 1
+        return self._step_recordings * RECORDING_FORWARDS <= self._num_calls
+
     def _not_replayable(self, call: Call, program: Program, why: str) -> None:
         """Rule 13: descend, then fall back, else leave it plain."""
         block = call.block
@@ -315,9 +316,7 @@ class Runtime:
         position = self.blocks.index(block)
         if children:
             block.mode, block.reason = "descent", why
-            for hook in block.hooks:
-                hook.remove()
-            block.hooks = []
+            block.unhook()
             for offset, (name, child) in enumerate(children):
                 self.add_block(
                     f"{block.name}.{name}" if block.name else name, child, parent=block.name, at=position + 1 + offset

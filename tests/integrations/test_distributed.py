@@ -557,7 +557,7 @@ def agree(kind: str, accumulate: int = 1) -> dict[str, Any]:
         "plans": plans,
         "policies": [] if handle.plan is None else [str(p) for p in handle.plan.policies],
         "peak": handle.profile and max(event.outside_bytes for event in handle.profile.events),
-        "predicted": handle._active and handle._active.raw_peak,
+        "predicted": handle._planned.active and handle._planned.active.raw_peak,
         "notes": handle.summary()["notes"],
         "ballast": ballast.numel(),
     }
