@@ -25,6 +25,7 @@ LAYERS = {
     "solver": PLANNING,
     "autopilot": SURFACE,
     "handle": SURFACE,
+    "handover": SURFACE,
     "offline": SURFACE,
     "cli": SURFACE,
     "integrations": SURFACE,

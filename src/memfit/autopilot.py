@@ -18,6 +18,7 @@ from memfit.arguments import (
 from memfit.errors import ModelError, UsageError
 from memfit.fingerprints import check_plan
 from memfit.handle import Handle, fitted_models
+from memfit.handover import hand_over
 from memfit.memory import resolve_budget
 from memfit.offline import Loss, rehearse
 from memfit.plans import Plan
@@ -79,7 +80,7 @@ def fit(
             )
     if every_n_layers is not None and policy is None:
         policy = "full"
-    return Handle(
+    handle = Handle(
         model,
         budget=limit,
         request=Request(policy=policy, every_n_layers=every_n_layers or 1, plan=plan, notes=notes),
@@ -87,6 +88,8 @@ def fit(
         optimizer=optimizer,
         device=device,
     )
+    hand_over(handle, model)
+    return handle
 
 
 def apply(model: torch.nn.Module, plan: Plan) -> Handle:

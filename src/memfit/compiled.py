@@ -8,7 +8,7 @@ import torch
 
 from memfit.blocks import Block
 
-_REASON = "compiled by torch.compile"
+COMPILED = "compiled by torch.compile"
 _SCRIPTED = "TorchScript takes no hooks"
 
 
@@ -26,7 +26,7 @@ def split_compiled(
     left: list[Block] = []
     for name, module in pairs:
         reasons = [
-            why if place == name else f"`{place or type(model).__name__}` is {why}" if why == _REASON else why
+            why if place == name else f"`{place or type(model).__name__}` is {why}" if why == COMPILED else why
             for place, why in around.items()
             if name == place or not place or name.startswith(f"{place}.") or place.startswith(f"{name}.")
         ]
@@ -40,12 +40,12 @@ def split_compiled(
 def compiled_notes(blocks: Iterable[Block], *, steps: int, begun: bool) -> list[str]:
     """What the report says of a model that is compiled: before it was fitted, or afterwards."""
     every = list(blocks)
-    left = [block for block in every if block.mode == "plain" and block.reason.endswith((_REASON, _SCRIPTED))]
+    left = [block for block in every if block.mode == "plain" and block.reason.endswith((COMPILED, _SCRIPTED))]
     notes: list[str] = []
     if left:
         which = "every block" if len(left) == len(every) else f"{len(left)} of {len(every)} blocks"
         notes.append(f"stepped aside: {which} is compiled; fit the model without `torch.compile`")
-    later = [block.name for block in every if block.mode != "plain" and _why(block.module)]
+    later = [block.name for block in every if block.mode not in ("plain", "policy") and _why(block.module)]
     if later:
         notes.append(f"stepped aside: `{later[0]}` was compiled after `fit`; leave `torch.compile` out")
     if steps and not begun and len(left) < len(every):
@@ -56,14 +56,19 @@ def compiled_notes(blocks: Iterable[Block], *, steps: int, begun: bool) -> list[
     return notes
 
 
+def is_wrapper(module: torch.nn.Module) -> bool:
+    """Whether it is what `torch.compile` returns for a module."""
+    return type(module).__name__ == "OptimizedModule"
+
+
 def _why(module: torch.nn.Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return _SCRIPTED
     forward = getattr(module, "forward", None)
     if (
         getattr(module, "_compiled_call_impl", None) is not None
-        or type(module).__name__ == "OptimizedModule"
+        or is_wrapper(module)
         or hasattr(forward, "_torchdynamo_orig_callable")
     ):
-        return _REASON
+        return COMPILED
     return ""
