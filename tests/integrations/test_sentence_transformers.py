@@ -24,6 +24,7 @@ from sentence_transformers.sentence_transformer import losses as embeddings
 from sentence_transformers.sparse_encoder import losses as sparse
 
 from memfit.integrations.transformers import MemfitCallback
+from runs import report, tail
 from training import (
     TEXT,
     assert_example_runs,
@@ -286,3 +287,72 @@ print([entry["loss"].hex() for entry in trainer.state.log_history if "loss" in e
 def test_an_unmodified_script(folders, tmp_path):
     summary = assert_script_is_fitted(tmp_path, SCRIPT % (folders["embedder"], *halves()))
     assert any("was told to checkpoint its activations" in note for note in summary["notes"])
+
+
+RANKS = """
+import sys
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer import losses
+
+torch.set_num_threads(1)
+folder, which, gathers = sys.argv[1], sys.argv[2], sys.argv[3] == "gathered"
+callbacks = []
+if "callback" in sys.argv:
+    from memfit.integrations.transformers import MemfitCallback
+    callbacks = [MemfitCallback(budget="min")]
+model = SentenceTransformer(%r, device="cpu")
+options = {"mini_batch_size": 2} if which.startswith("Cached") else {}
+arguments = SentenceTransformerTrainingArguments(
+    folder, max_steps=5, per_device_train_batch_size=3, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+    save_strategy="no", learning_rate=1e-2, seed=3, average_tokens_across_devices=False,
+)
+trainer = SentenceTransformerTrainer(
+    model,
+    args=arguments,
+    train_dataset=Dataset.from_dict({"anchor": %r, "positive": %r}),
+    loss=getattr(losses, which)(model, gather_across_devices=gathers, **options),
+    callbacks=callbacks,
+)
+seen = []
+model.register_forward_hook(lambda module, args, output: seen.append(output["sentence_embedding"].detach().clone()))
+trainer.train()
+rank = trainer.accelerator.process_index
+logged = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+weights = {name: value.clone() for name, value in model.state_dict().items()}
+world = torch.distributed.get_world_size()
+torch.save({"world": world, "seen": seen, "logged": logged, "weights": weights}, f"{folder}/result{rank}")
+if callbacks:
+    torch.save(callbacks[0].summary(), f"{folder}/summary{rank}")
+"""
+
+
+@pytest.mark.parametrize("loss", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])
+def test_negatives_of_other_processes(folders, tmp_path, runs, loss):
+    """`gather_across_devices` on two: losses, embeddings and weights, under the callback and an unmodified script."""
+    (tmp_path / "train.py").write_text(RANKS % (folders["embedder"], *halves()))
+
+    def results(folder, *command, gathered="gathered"):
+        (tmp_path / folder).mkdir()
+        head, tail_ = command[: command.index("train.py")], command[command.index("train.py") + 1 :]
+        done = runs.torchrun(2, *head, "train.py", folder, loss, gathered, *tail_, PYTHONWARNINGS="ignore")
+        assert done.status == 0, tail(done.output)
+        return [torch.load(tmp_path / folder / f"result{rank}", weights_only=True) for rank in range(2)]
+
+    plain = results("plain", "train.py")
+    alone = results("alone", "train.py", gathered="alone")
+    options = ["--budget", "min", "--report", "report.json"]
+    fitted = results("fitted", "-m", "memfit", "run", *options, "--", "train.py")
+    called = results("called", "train.py", "callback")
+    for rank in range(2):
+        assert plain[rank]["world"] == 2
+        assert plain[rank]["logged"] != alone[rank]["logged"]  # the other process's negatives count
+        for other in (fitted[rank], called[rank]):
+            assert other["logged"] == plain[rank]["logged"]
+            assert len(other["seen"]) == len(plain[rank]["seen"]) > 0
+            assert all(map(torch.equal, other["seen"], plain[rank]["seen"]))
+            assert_same_weights(other["weights"], plain[rank]["weights"])
+        assert_planned(report(tmp_path / ("report.rank1.json" if rank else "report.json")))
+        assert_planned(torch.load(tmp_path / "called" / f"summary{rank}", weights_only=False))
+    assert any(not torch.equal(*pair) for pair in zip(plain[0]["seen"], plain[1]["seen"], strict=True))
