@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import memfit
+from conftest import SCRIPT, Shell
 from gradients import assert_bitwise_equal, copies
 from memfit.policies import SelectivePolicy, redraws
 
@@ -211,6 +213,52 @@ def test_a_block_that_is_not_compiled_any_more_is_named() -> None:
         assert_bitwise_equal(gradients, expected)
         torch.optim.SGD(model.parameters(), lr=0.0).step()
         assert "`layers.0` ran without compiled code, and kept everything" in handle.report()
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
+def test_blocks_that_are_never_recorded_are_soon_compiled_again(how: str) -> None:
+    """Hooks of somebody else are active in every step: nothing can be planned, and no step stays without compiler."""
+    model = compiled(how)
+    expected = [step(model, i) for i in range(4)]
+    with memfit.fit(model, budget="min") as handle:
+        for i in range(4):
+            gradients, saved = step(model, i)
+            assert_bitwise_equal(gradients, expected[i][0])
+            assert (saved == expected[i][1]) == (i >= 2)  # eager code keeps more
+        assert {row["mode"] for row in handle.summary()["blocks"]} == {"plain"}
+        assert "saved-tensor hooks of somebody else are active" in handle.report()
+        assert all("could be recorded" in reason for _, reason in rows_of(handle))
+
+
+def test_an_unmodified_script(shell: Shell) -> None:
+    """`memfit run` catches a model that the script compiles."""
+    shell.write("train.py", SCRIPT + TRAINING)
+    for how in ("wrapped", "in place"):
+        done = shell.run("--policy", "full", "--report", "report.json", "--", "train.py", how)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == shell.python("train.py", how).stdout
+        report = json.loads((shell.folder / "report.json").read_text())
+        assert [row["mode"] for row in report["blocks"]] == ["policy"] * 4, done.stderr
+
+
+TRAINING = """
+import sys
+import warnings
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+model, x, loss = build()
+called = torch.compile(model, backend="aot_eager") if sys.argv[1] == "wrapped" else model
+if sys.argv[1] == "in place":
+    model.compile(backend="aot_eager")
+optimizer = torch.optim.AdamW(model.parameters())
+for step in range(4):
+    value = loss(called(x), x)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(value.item().hex())
+"""
 
 
 @pytest.mark.parametrize(

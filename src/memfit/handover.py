@@ -27,6 +27,8 @@ _STORY = (
     "compiled blocks run the plan as torch's selective checkpointing; its peak was predicted from a step without "
     "`torch.compile`"
 )
+_IDLE_FORWARDS = 2
+_UNSEEN = "none of its calls could be recorded"
 _WHOLE = "was run by a backend or around a graph break that obeys no policies"
 
 
@@ -85,7 +87,9 @@ class Handover:
         self._hooks: list[Any] = [
             register_optimizer_step_post_hook(self._optimizer_stepped),
             model.register_forward_pre_hook(_Look(self)),
+            model.register_forward_hook(_Look(self, after=True)),
         ]
+        self._idle = 0
         hooks: list[Any] = handle._hooks
         hooks.append(self)
 
@@ -109,6 +113,20 @@ class Handover:
     def forward_event(self, *, before: bool) -> None:
         """Hooks of a model that is compiled in place are compiled with it: they do nothing, so this is said here."""
         self._handle.forward_event(self._model, before=before)
+
+    def forward_over(self) -> None:
+        """A forward has ended in which blocks should have been recorded: where none was, twice, none will be."""
+        if not self.recording or not torch.is_grad_enabled() or not self._model.training:
+            return
+        self._idle = 0 if self._handle.runtime.calls else self._idle + 1
+        if self._idle < _IDLE_FORWARDS:
+            return
+        self.recording = False
+        for block in self._handle.runtime.blocks:
+            self._unhook(block)
+            if block.mode != "descent":
+                block.mode, block.reason = "plain", f"{block.reason or _UNSEEN}; {COMPILED}"
+        self._compile(root=False)
 
     def look(self) -> None:
         """What has become of the policies?"""
@@ -154,9 +172,7 @@ class Handover:
         shared: dict[tuple[Any, ...], functools.partial[Any]] = {}
         rows: list[dict[str, Any]] = []
         for block in runtime.blocks:
-            for hook in block.hooks:
-                hook.remove()
-            block.hooks = []
+            self._unhook(block)
             if block.mode != "replay":
                 block.mode, block.reason = "plain", f"{block.reason}; {COMPILED}" if block.reason else COMPILED
                 continue
@@ -180,6 +196,12 @@ class Handover:
         if rows:
             runtime.note("compiled", _STORY)
         self._compile(root=False)
+
+    def _unhook(self, block: Block) -> None:
+        """Compiled code runs no hooks, but its guards would look at them."""
+        for hook in block.hooks:
+            hook.remove()
+        block.hooks = []
 
     def _choose(self) -> dict[str, Policy]:
         """The policy of each block: that of its call that keeps least, and not more of them than torch compiles."""
@@ -292,11 +314,16 @@ class _Wrapped:
 class _Look:
     """A hook of the model. Copies and pickles as inert."""
 
-    def __init__(self, handover: Handover | None = None) -> None:
+    def __init__(self, handover: Handover | None = None, *, after: bool = False) -> None:
         self._handover = handover
+        self._after = after
 
-    def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and self._handover is not None and not self._handover.recording:
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any = None) -> None:
+        if torch.compiler.is_compiling() or self._handover is None:
+            return
+        if self._after:
+            self._handover.forward_over()
+        elif not self._handover.recording:
             self._handover.look()
 
     def __deepcopy__(self, memo: Any) -> _Look:
