@@ -886,7 +886,7 @@ def status_of(arguments: list[str]) -> int:
         (["run", "--plan", "text.json", "--", "train.py"], ["text.json", "not JSON", "`memfit plan`"]),
         (["run", "--plan", "deep.json", "--", "train.py"], ["deep.json", "nested more than"]),
         (["run", "--plan", "large.json", "--", "train.py"], ["large.json", "more than 9.77 KiB"]),
-        (["run", "--plan", "version.json", "--", "train.py"], ["version.json", "schema version 9", "reads version 2"]),
+        (["run", "--plan", "version.json", "--", "train.py"], ["version.json", "schema version 9", "reads version 3"]),
         (["run", "--plan", "field.json", "--", "train.py"], ["field.json", "The plan has the unknown field `hello`"]),
         (["run", "--plan", "field.json", "--budget", "1GiB", "--", "train.py"], ["--budget", "not allowed with"]),
     ],

@@ -29,6 +29,8 @@ PLAN = Plan(
         CallPlan(name="model.layers.0", program="a", policy=0),
         CallPlan(name="model.layers.1", program="b", policy=1),
     ),
+    world_size=4,
+    mesh=(2, 2),
 )
 
 
@@ -60,11 +62,11 @@ def test_a_plan_survives_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "part"),
     [
-        (["schema_version"], 1, "schema version 1; this Memfit reads version 2"),
-        (["schema_version"], 3, "schema version 3; this Memfit reads version 2"),
+        (["schema_version"], 2, "schema version 2; this Memfit reads version 3"),
+        (["schema_version"], 4, "schema version 4; this Memfit reads version 3"),
         (["schema_version"], True, "schema version True"),
-        (["schema_version"], 2.0, "`schema_version` is `2.0`"),
-        (["schema_version"], "2", "schema version 2"),
+        (["schema_version"], 3.0, "`schema_version` is `3.0`"),
+        (["schema_version"], "3", "schema version 3"),
         (["extra"], 1, "unknown field `extra`"),
         (["calls", 0, "kind"], 1, "calls[0] has the unknown field `kind`"),
         (["policies", 1, "code"], "", "policies[1] has the unknown field `code`"),
@@ -95,6 +97,10 @@ def test_a_plan_survives_a_file(tmp_path):
         (["calls", 1, "policy"], 2, "`calls[1].policy` is `2`; it must be below 2"),
         (["calls", 1, "policy"], 0, "`calls[1].program`"),
         (["calls", 0, "name"], None, "`calls[0].name` is `null`"),
+        (["world_size"], 0, "`world_size` is `0`; it must be at least 1"),
+        (["world_size"], None, "`world_size` is `null`"),
+        (["mesh"], 2, "`mesh` is `2`; it must be a list"),
+        (["mesh"], [2, 0], "`mesh[1]` is `0`; it must be at least 1"),
     ],
 )
 def test_what_no_plan_says_is_refused(path, value, part):

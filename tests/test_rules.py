@@ -1718,7 +1718,7 @@ HOSTILE: dict[str, tuple[Callable[[str], str], Switch]] = {
         lambda patch: patch.setattr(plans, "MAX_FILE_BYTES", 2**40),
     ),
     "other version": (
-        lambda text: text.replace('"schema_version":2', '"schema_version":99', 1),
+        lambda text: text.replace('"schema_version":3', '"schema_version":99', 1),
         lambda patch: patch.setattr(plans, "SCHEMA_VERSION", 99),
     ),
     "huge integer": (

@@ -58,7 +58,7 @@ def fit(
         ModelError: The model cannot be fitted: no blocks, nothing to train, meta device, fitted already.
         InfeasibleBudgetError: The weights alone are over the budget; or no plan fits, which the first step shows: then
             it is raised when the second step begins, and the model is unfitted.
-        PlanError: The plan is for another model.
+        PlanError: The plan is for another model; or for other ranks, which the first step shows.
     """
     model = unwrapped(model)
     device = check_model(model)
@@ -88,6 +88,7 @@ def fit(
         optimizer=optimizer,
         device=device,
     )
+    handle.ranks.given = plan
     hand_over(handle, model)
     return handle
 
@@ -96,7 +97,7 @@ def apply(model: torch.nn.Module, plan: Plan) -> Handle:
     """Fit a model with a plan that was made before.
 
     Raises:
-        PlanError: The plan is for another model.
+        PlanError: As `fit`.
         ModelError: As `fit`.
     """
     if plan is None:

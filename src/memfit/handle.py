@@ -221,7 +221,8 @@ class Handle:
         """A step is profiled, and its forward is running: who else runs it?"""
         model = self._model()
         if model is not None:
-            self.ranks.begin(model)
+            with unfitted_on_error(self):
+                self.ranks.begin(model)
 
     def _finish_step(self) -> None:
         """What the step that ended has shown."""

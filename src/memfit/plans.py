@@ -21,7 +21,7 @@ from typing import TypeVar
 from memfit.errors import PlanError
 from memfit.units import format_bytes
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_FILE_BYTES = 64 * 2**20
 MAX_DEPTH = 6
 MAX_ITEMS = 1_000_000
@@ -82,6 +82,8 @@ class Plan:
         peak_event: The event of the step that owns the peak, such as ``loss``.
         policies: Each used by at least one call.
         calls: Block calls in forward order.
+        world_size: Ranks that train the model together; their gradient buckets and shards are in the bytes above.
+        mesh: Shape of the device mesh that parameters are sharded over; empty where every rank has them whole.
         schema_version: Of the JSON form.
     """
 
@@ -97,6 +99,8 @@ class Plan:
     peak_event: str
     policies: tuple[Policy, ...]
     calls: tuple[CallPlan, ...]
+    world_size: int = 1
+    mesh: tuple[int, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def policy(self, call: int) -> Policy:
@@ -210,7 +214,7 @@ def _read_plan(value: object) -> Plan:
         value,
         "the plan",
         "schema_version model fingerprint device budget_bytes predicted_peak_bytes plain_peak_bytes recompute_seconds "
-        "saved_bytes recomputed_bytes peak_event policies calls",
+        "saved_bytes recomputed_bytes peak_event policies calls world_size mesh",
     )
     budget = entry["budget_bytes"]
     plan = Plan(
@@ -227,6 +231,8 @@ def _read_plan(value: object) -> Plan:
         peak_event=_text(entry["peak_event"], "peak_event"),
         policies=_list(entry["policies"], "policies", _read_policy),
         calls=_list(entry["calls"], "calls", _read_call),
+        world_size=_count(entry["world_size"], "world_size"),
+        mesh=_list(entry["mesh"], "mesh", _count),
     )
     for number, call in enumerate(plan.calls):
         if call.policy >= len(plan.policies):
@@ -306,6 +312,12 @@ def _integer(value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_INTEGER:
         raise _wrong(where, value, "an integer from 0 to 2^62")
     return value
+
+
+def _count(value: object, where: str) -> int:
+    if _integer(value, where) == 0:
+        raise _wrong(where, value, "at least 1")
+    return _integer(value, where)
 
 
 def _seconds(value: object, where: str) -> float:

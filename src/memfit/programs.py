@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,8 @@ LeafKind = Literal["input", "parameter", "buffer"]
 UNKNOWN = "a tensor of unknown origin"
 _DOWNSTREAM = "reads a value that cannot come back: "
 MUTATED = "the block writes it in place"
+_DEVICE_INDEX = re.compile(r"(?<=device\(type='cuda'), index=\d+")
+"""In an argument such as ``device=cuda:1``: each rank has a device of its own."""
 
 
 class Value(NamedTuple):
@@ -235,12 +238,13 @@ def _propagate(program: Program) -> None:
 
 
 def _key(program: Program) -> str:
-    """Equal for equal programs, on every machine, whatever has been written to weights and inputs before."""
+    """Equal for equal programs, on every machine and rank, whatever has been written to weights and inputs before."""
     digest = sha256()
     for node in program.nodes:
-        digest.update(repr((node.storage, node.storage_bytes, node.value, str(node.device), node.leaf)).encode())
+        digest.update(repr((node.storage, node.storage_bytes, node.value, node.device.type, node.leaf)).encode())
     for op in program.ops:
-        digest.update(repr((str(op.func), op.args, op.kwargs, op.outputs, op.target, op.random, op.snapshot)).encode())
+        text = repr((str(op.func), op.args, op.kwargs, op.outputs, op.target, op.random, op.snapshot))
+        digest.update(_DEVICE_INDEX.sub("", text).encode())
     made = [program.nodes[s.value.node].producer is not None and not s.is_leaf for s in program.saved]
     versions = [s.version for s, inside in zip(program.saved, made, strict=True) if inside]
     digest.update(repr([s.value for s in program.saved]).encode())

@@ -26,6 +26,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -34,9 +35,10 @@ import torch.distributed as dist
 
 from memfit.claims import Claim, merge
 from memfit.errors import InfeasibleBudgetError, RankError, RecomputeError
+from memfit.fingerprints import check_world
 from memfit.plans import Plan
 from memfit.profiles import StepProfile
-from memfit.sharding import mesh_ranks
+from memfit.sharding import mesh_ranks, mesh_shape
 
 Budget = int | Literal["min"] | None
 Solve = Callable[[StepProfile, Budget], Plan]
@@ -62,13 +64,16 @@ class Ranks:
 
     Attributes:
         ranks: All that train the model, in order; empty where it is alone.
+        given: The plan to apply, if there is one: it holds for as many ranks as it was made for.
         story: How the plan came about, for the report; "" where there is only one rank.
     """
 
     def __init__(self, name: str, fingerprint: str) -> None:
         """Of a model, by its class's name and its fingerprint."""
         self.ranks: tuple[int, ...] = ()
+        self.given: Plan | None = None
         self.story = ""
+        self._mesh: tuple[int, ...] = ()
         self._name = name
         self._fingerprint = fingerprint
         self._store: Any = None
@@ -83,11 +88,19 @@ class Ranks:
     # Who is there
 
     def begin(self, model: torch.nn.Module) -> None:
-        """A forward of ``model`` is running: is it trained together with other ranks?"""
+        """A forward of ``model`` is running: is it trained together with other ranks?
+
+        Raises:
+            PlanError: The plan that was given is for another number of them, or another mesh.
+        """
         if self.ranks:
             return
         ranks = ranks_of(model)
-        if len(ranks) < 2 or dist.get_rank() not in ranks:
+        together = len(ranks) > 1 and dist.get_rank() in ranks
+        self._mesh = mesh_shape(model)
+        if self.given is not None:
+            check_world(self.given, len(ranks) if together else 1, self._mesh)
+        if not together:
             return
         self._me = dist.get_rank()
         _numbers[ranks] += 1
@@ -105,7 +118,12 @@ class Ranks:
 
     # The plan
 
-    def decide(
+    def decide(self, profile: StepProfile, solve: Solve, **moment: Any) -> tuple[Plan, bool]:
+        """As `_decide`; the plan says for which ranks it is."""
+        plan, given = self._decide(profile, solve, **moment)
+        return replace(plan, world_size=max(1, len(self.ranks)), mesh=self._mesh), given
+
+    def _decide(
         self,
         profile: StepProfile,
         solve: Solve,

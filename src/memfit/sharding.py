@@ -8,6 +8,7 @@ address. Nothing here communicates.
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
@@ -97,6 +98,13 @@ def mesh_ranks(model: torch.nn.Module) -> tuple[int, ...]:
         if mesh is not None:
             ranks.update(mesh.mesh.flatten().tolist())
     return tuple(sorted(ranks))
+
+
+def mesh_shape(model: torch.nn.Module) -> tuple[int, ...]:
+    """The shape of the largest device mesh that parameters lie on; empty where they are plain tensors."""
+    meshes: list[Any] = [getattr(parameter, "device_mesh", None) for parameter in owned_parameters(model)]
+    shapes = {tuple(mesh.mesh.shape) for mesh in meshes if mesh is not None}
+    return max(shapes, key=lambda shape: (math.prod(shape), shape), default=())
 
 
 def _groups(module: torch.nn.Module) -> list[Any]:

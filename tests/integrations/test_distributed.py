@@ -245,8 +245,8 @@ dist.destroy_process_group()
 """
 
 
-def torchrun(*arguments: str, ranks: int = 2) -> str:
-    """What it printed; it has to end well, and in time."""
+def torchrun(*arguments: str, ranks: int = 2, fails: bool = False) -> str:
+    """What it printed; it has to end well, or to fail, and in time."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
     with subprocess.Popen(
@@ -263,7 +263,7 @@ def torchrun(*arguments: str, ranks: int = 2) -> str:
             os.killpg(process.pid, signal.SIGKILL)
             text, _ = process.communicate()
             pytest.fail(f"it hangs:\n{text}")
-    assert process.returncode == 0, text
+    assert (process.returncode != 0) == fails, text
     return text
 
 
@@ -279,6 +279,95 @@ def test_memfit_run_under_torchrun(tmp_path, ranks):
         report = json.loads((tmp_path / (f"report.rank{rank}.json" if rank else "report.json")).read_text())
         assert [block["mode"] for block in report["blocks"]] == ["replay"] * 3
         assert not equal(torch.load(tmp_path / f"fitted{rank}"), torch.load(tmp_path / f"plain{rank}"))
+
+
+PLANNED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from ranks import loss_of, make_batch, make_model
+
+def build():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    return DistributedDataParallel(make_model()), (make_batch(0),), lambda output, batch: loss_of(output, batch[0])
+
+if __name__ == "__main__":
+    model, _, loss_of_batch = build()
+    torch.manual_seed(dist.get_rank())
+    found = []
+    for step in range(4):
+        batch = (make_batch(step),)
+        loss_of_batch(model(*batch), batch).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        model.zero_grad()
+    torch.save(found, f"{sys.argv[1]}{dist.get_rank()}")
+    dist.destroy_process_group()
+"""
+
+
+def test_a_plan_holds_for_the_ranks_it_was_made_by(tmp_path):
+    """Made by one `torchrun`, applied in another; refused with another number of ranks, with the reason."""
+    script = tmp_path / "train.py"
+    script.write_text(PLANNED)
+    for number in (1, 2):
+        path = tmp_path / f"plan{number}.json"
+        command = ["-m", "memfit", "plan", f"{script}:build", "--policy", "selective", "-o", str(path)]
+        text = torchrun(*command, ranks=number)
+        assert text.count("plan written to") == 1
+        plan = memfit.Plan.load(path)
+        assert (plan.world_size, plan.mesh) == (number, ())
+        torchrun(str(script), str(tmp_path / "plain"), ranks=number)
+        options = ["--plan", str(path), "--report", str(tmp_path / "report.json")]
+        torchrun("-m", "memfit", "run", *options, "--", str(script), str(tmp_path / "fitted"), ranks=number)
+        for rank in range(number):
+            report = json.loads((tmp_path / (f"report.rank{rank}.json" if rank else "report.json")).read_text())
+            assert (report["saved_bytes"], report["recomputed_bytes"]) == (plan.saved_bytes, plan.recomputed_bytes)
+            assert not [note for note in report["notes"] if "does not know" in note]
+            assert not equal(torch.load(tmp_path / f"fitted{rank}"), torch.load(tmp_path / f"plain{rank}"))
+    for made, number in ((1, 2), (2, 1)):
+        options = ["--plan", str(tmp_path / f"plan{made}.json")]
+        text = torchrun("-m", "memfit", "run", *options, "--", str(script), "none", ranks=number, fails=True)
+        many = {1: "1 rank", 2: "2 ranks"}
+        assert f"The plan is for {many[made]}, the model is trained by {many[number]}: weights" in text
+
+
+def plans_by_mesh() -> dict[str, Any]:
+    """A plan of a sharded model: applied to another such, and to one that every rank has whole."""
+
+    def shard(model: nn.Module) -> nn.Module:
+        for block in model.blocks:
+            fully_shard(block)
+        return fully_shard(model)
+
+    ids = make_batch(0)
+    made = memfit.plan(shard(make_model()), (ids,), policy="selective", loss=lambda output, batch: loss_of(output, ids))
+    plain, _ = train(shard)
+    fitted, summary = train(shard, "after", fitting={"plan": made})
+    error, model = "", DDP(make_model())
+    memfit.fit(model, plan=made)
+    try:
+        model(ids)
+    except memfit.PlanError as refused:
+        error = str(refused)
+    memfit.fit(model, policy="full").remove()  # nothing is left of the one that was refused
+    return {
+        "world": (made.world_size, made.mesh),
+        "difference": equal(fitted, plain),
+        "bytes": [made.saved_bytes - summary["saved_bytes"], made.recomputed_bytes - summary["recomputed_bytes"]],
+        "error": error,
+    }
+
+
+def test_a_plan_holds_for_the_mesh_it_was_made_on(two_ranks):
+    for found in values(two_ranks("plans by mesh")):
+        assert found["world"] == (2, (2,))
+        assert found["difference"] == ""
+        assert found["bytes"] == [0, 0]
+        assert found["error"].startswith(
+            "The plan is for 2 ranks that shard it over a mesh of 2, the model is trained by 2 ranks: weights"
+        )
 
 
 def accelerated() -> list[str]:
@@ -839,6 +928,7 @@ TWO: dict[str, Callable[[], Any]] = {
     "wrong no_sync": partial(wrong_value, "no_sync"),
     "wrong fsdp": partial(wrong_value, "fsdp"),
     "two models": two_models,
+    "plans by mesh": plans_by_mesh,
 }
 FOUR: dict[str, Callable[[], Any]] = {
     "four ddp": partial(compare_ddp, ["plain", "accumulate"]),

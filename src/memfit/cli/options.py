@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from memfit.errors import UsageError
@@ -45,3 +46,11 @@ def read_budget(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"`--every-n-layers {arguments.every_n_layers}` is below 1, which means every block.")
         chosen["every_n_layers"] = arguments.every_n_layers
     return chosen
+
+
+def rank() -> int:
+    """Which of the processes that `torchrun` has started this is; 0 where there is only one."""
+    try:
+        return int(os.environ.get("RANK", "0"))
+    except ValueError:
+        return 0

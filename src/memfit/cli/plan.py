@@ -12,15 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memfit.cli.options import add_budget, read_budget
+from memfit.cli.options import add_budget, rank, read_budget
 from memfit.errors import UsageError
 
 EPILOG = """\
 `build()` returns (model, batch) or (model, batch, loss). The batch is passed as the training loop would: a mapping as
 keywords, a tuple as positions. `loss(output, batch)` gives the scalar; by default `output.loss`.
 
-example:
+A plan holds for as many ranks as it was made by: under `torchrun`, `build()` joins the process group and wraps or
+shards the model, and rank 0 writes the plan.
+
+examples:
   memfit plan train.py:build --budget 6GiB -o plan.json
+  torchrun --nproc-per-node 2 -m memfit plan train.py:build --budget 6GiB -o plan.json
 """
 
 
@@ -47,11 +51,15 @@ def execute(arguments: argparse.Namespace) -> int:
         )
     if len(built) == 3:
         options["loss"] = built[2]
-    print("memfit: planning one training step", file=sys.stderr)
+    first = rank() == 0
+    if first:
+        print("memfit: planning one training step", file=sys.stderr)
     import memfit
     from memfit.report.text import render_plan
 
     plan: Any = memfit.plan(built[0], built[1], **options)
+    if not first:
+        return 0  # all ranks have the same plan
     if arguments.output is not None:
         plan.save(arguments.output)
         print(f"memfit: plan written to {arguments.output}", file=sys.stderr)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memfit import host
-from memfit.cli.options import add_budget, read_budget
+from memfit.cli.options import add_budget, rank, read_budget
 from memfit.errors import UsageError
 from memfit.integrations import script
 from memfit.integrations.launcher import Launcher
@@ -95,13 +95,6 @@ def _fit(model: Any, **options: Any) -> Any:
     return memfit.fit(model, **options)
 
 
-def _rank() -> int:
-    try:
-        return int(os.environ.get("RANK", "0"))
-    except ValueError:
-        return 0
-
-
 def _report_path(path: Path) -> Path:
     """The report's name for this rank, absolute: the script may change the working directory.
 
@@ -112,8 +105,8 @@ def _report_path(path: Path) -> Path:
         raise UsageError(f"There is no folder `{path.parent}` for `--report {path}`.")
     if path.is_dir():
         raise UsageError(f"`--report {path}` is a folder: name a file in it.")
-    rank = _rank()
-    return (path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")).absolute()
+    number = rank()
+    return (path if number == 0 else path.with_name(f"{path.stem}.rank{number}{path.suffix}")).absolute()
 
 
 def _report(launcher: Launcher, path: Path | None, *, failed: bool) -> None:
@@ -125,7 +118,7 @@ def _report(launcher: Launcher, path: Path | None, *, failed: bool) -> None:
         return
     else:
         text = _why_nothing({**launcher.idle, **launcher.refused})
-    if _rank() == 0:
+    if rank() == 0:
         print(text, file=sys.stderr, flush=True)
     if path is None:
         return
