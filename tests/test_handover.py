@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -321,6 +323,35 @@ def test_dropout_is_tried() -> None:
     before = torch.get_rng_state()
     assert redraws(torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
+    with torch.compiler.set_stance("force_eager"):
+        assert not redraws(torch.device("cpu"))  # nothing was compiled: nothing is known
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_masks_are_saved_where_they_may_not_be_drawn_again() -> None:
+    """Found out under a stance that compiles nothing; the blocks are compiled afterwards."""
+    model = compiled("wrapped")
+    expected, _ = step(model, 0)
+    with memfit.fit(model, policy="full") as handle:
+        record(model)
+        with torch.compiler.set_stance("force_eager"):
+            record(model)
+        gradients, saved = step(model, 0)
+        assert_bitwise_equal(gradients, expected)
+        assert saved == 9 * ROW_BYTES  # with each block's input what its dropout gave, twice as large
+        assert "draws dropout masks anew in compiled code: they are saved" in handle.report()
+
+
+def test_a_fitted_model_can_be_dropped() -> None:
+    """The hook of all optimizers does not keep it alive."""
+    model = compiled("in place")
+    memfit.fit(model, budget="min")
+    record(model)
+    reference = weakref.ref(model)
+    torch._dynamo.reset()
+    del model
+    gc.collect()
+    assert reference() is None
 
 
 def test_copies_are_inert() -> None:

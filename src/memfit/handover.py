@@ -9,6 +9,7 @@ looks on: when a tensor exists is torch's affair, and so is its value.
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,7 +86,7 @@ class Handover:
             runtime.add_block(name, module)
         self._began, runtime.step_began = runtime.step_began, self._step_began
         self._hooks: list[Any] = [
-            register_optimizer_step_post_hook(self._optimizer_stepped),
+            register_optimizer_step_post_hook(_Stepped(self)),
             model.register_forward_pre_hook(_Look(self)),
             model.register_forward_hook(_Look(self, after=True)),
         ]
@@ -145,7 +146,8 @@ class Handover:
                     "stance)",
                 )
 
-    def _optimizer_stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def optimizer_stepped(self) -> None:
+        """By now compiled code has run with the policies."""
         if self.recording:
             return
         self.look()
@@ -218,6 +220,8 @@ class Handover:
             policy = plan.policy(number)
             if call.program in states and (call.name not in chosen or size(policy) < size(chosen[call.name])):
                 chosen[call.name] = policy
+        if self._wrapped is not None or _has_compiler(self._model):
+            return chosen
         smallest: dict[str, list[Policy]] = {}
         for policy in sorted(set(chosen.values()), key=size):
             smallest.setdefault(policy.program, []).append(policy)
@@ -309,6 +313,18 @@ class _Wrapped:
         handover = self._handover
         called: Any = handover._model._orig_mod if handover.recording else self._compiled
         return called(*args, **kwargs)
+
+
+class _Stepped:
+    """A global hook: it must not keep the model alive."""
+
+    def __init__(self, handover: Handover) -> None:
+        self._handover = weakref.ref(handover)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        handover = self._handover()
+        if handover is not None:
+            handover.optimizer_stepped()
 
 
 class _Look:
