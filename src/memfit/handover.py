@@ -124,7 +124,7 @@ class Handover:
             return
         self.recording = False
         for block in self._handle.runtime.blocks:
-            self._unhook(block)
+            block.unhook()
             if block.mode != "descent":
                 block.mode, block.reason = "plain", f"{block.reason or _UNSEEN}; {COMPILED}"
         self._compile(root=False)
@@ -174,7 +174,7 @@ class Handover:
         shared: dict[tuple[Any, ...], functools.partial[Any]] = {}
         rows: list[dict[str, Any]] = []
         for block in runtime.blocks:
-            self._unhook(block)
+            block.unhook()  # compiled code runs no hooks, but its guards would look at them
             if block.mode != "replay":
                 block.mode, block.reason = "plain", f"{block.reason}; {COMPILED}" if block.reason else COMPILED
                 continue
@@ -198,12 +198,6 @@ class Handover:
         if rows:
             runtime.note("compiled", _STORY)
         self._compile(root=False)
-
-    def _unhook(self, block: Block) -> None:
-        """Compiled code runs no hooks, but its guards would look at them."""
-        for hook in block.hooks:
-            hook.remove()
-        block.hooks = []
 
     def _choose(self) -> dict[str, Policy]:
         """The policy of each block: that of its call that keeps least, and not more of them than torch compiles."""
