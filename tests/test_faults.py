@@ -1095,7 +1095,19 @@ def write_by_dlpack(into: Tensor, value: Tensor) -> None:
     np.copyto(np.from_dlpack(into), value.detach().numpy())
 
 
+LAUNCHER: dict[str, Any] = {"__name__": "triton.backends.nvidia.driver"}
+"""A module in the place of Triton's launcher: the recorder knows launches by the module that asks for an address."""
+exec("def address(tensor): return tensor.data_ptr()", LAUNCHER)
+
+
+def write_by_launcher(into: Tensor, value: Tensor) -> None:
+    """The same as Triton's launcher does it."""
+    value = value.detach().contiguous()
+    ctypes.memmove(LAUNCHER["address"](into), value.untyped_storage().data_ptr(), value.nbytes)
+
+
 WRITERS = {
+    "launcher": write_by_launcher,
     "unseen": write_unseen,
     "pointer": write_by_pointer,
     "storage": write_by_storage,
@@ -1149,7 +1161,7 @@ def test_invisible_kernel(writer: str, factory: str, zero_gate: bool) -> None:
     hold(scenario)
 
 
-@pytest.mark.parametrize("writer", ["unseen", "storage"])
+@pytest.mark.parametrize("writer", ["unseen", "storage", "launcher"])
 @pytest.mark.parametrize("zero", [False, True])
 def test_invisible_write_between_visible_ops(writer: str, zero: bool) -> None:
     """A visible result that a kernel changes afterwards, by nothing at all at first."""
@@ -1168,6 +1180,88 @@ def test_invisible_write_between_visible_ops(writer: str, zero: bool) -> None:
         train(Stack(Overwritten), fit, seen, between=lambda m, i: BOX.update(step=i), must_drop=False)
 
     hold(scenario, refusal=zero)
+
+
+@pytest.mark.parametrize("factory", ["empty", "zeros"])
+def test_launched_kernels_are_saved_not_replayed(factory: str) -> None:
+    """A block with a Triton kernel is replayed around it: the kernel runs in forwards only, as often as without us."""
+    make = {"empty": torch.empty_like, "zeros": torch.zeros_like}[factory]
+    launches = 0
+
+    def counted(x: Tensor) -> Tensor:
+        nonlocal launches
+        launches += 1
+        return make(x)
+
+    model = Stack(kernel_block("launcher", counted, zero_gate=False))
+    num_blocks = len(model.blocks)
+    with memfit.fit(model, policy="full") as handle:
+        for i in range(4):
+            model(data(i)).backward()
+        summary = handle.summary()
+    assert launches == 4 * num_blocks
+    assert [row["mode"] for row in summary["blocks"]] == ["replay"] * num_blocks
+    assert summary["recomputed_bytes"] > 0
+
+
+class Rotated(Block):
+    """A kernel turns what a product made, in place and through a view of it, as fused rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.proj(x).view(-1, 2, WIDTH // 2).transpose(0, 1)
+        return super().forward(self.turn(q).transpose(0, 1).reshape(-1, WIDTH))
+
+    def turn(self, q: Tensor) -> Tensor:
+        return Turned.apply(q).tanh()
+
+
+class RotatedLast(Rotated):
+    """The same, after all that reads it: only a later backward sees it."""
+
+    def turn(self, q: Tensor) -> Tensor:
+        y = q * (q * 0.5).exp()
+        Turned.apply(q)
+        return y
+
+
+class Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor) -> Tensor:
+        flat = q.detach().transpose(0, 1)
+        assert flat.is_contiguous()
+        with _disable_current_modes():
+            value = flat.flip(-1) * 1.25
+        write_by_launcher(flat, value)
+        return flat.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.flip(-1) * 1.25
+
+
+@pytest.mark.parametrize("make", [Rotated, RotatedLast])
+def test_launched_kernel_writes_a_view(make: Callable[[], nn.Module]) -> None:
+    """What a kernel wrote into is compared as a whole, whichever view of it comes back, if any."""
+    outcomes = hold(lambda fit, seen: train(Stack(make), fit, seen))
+    assert all(outcome.error is None for outcome in outcomes.values())
+
+
+def test_launched_kernel_writes_the_input() -> None:
+    """A kernel that writes what the block was given, unseen by version counters: no recipe reads that."""
+
+    class WritesInput(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.sin()
+            with _disable_current_modes():
+                value = x.detach() * 0.5
+            write_by_launcher(x.detach(), value)
+            return super().forward(y)
+
+    hold(lambda fit, seen: train(Stack(WritesInput), fit, seen, must_drop=False))
 
 
 def test_custom_op_without_schema_of_mutation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from memfit.errors import InfeasibleBudgetError, ModelError
+from memfit.integrations import llamafactory
 from memfit.integrations.imports import ImportWatcher
 from memfit.integrations.launcher import Launcher
 
@@ -372,3 +374,41 @@ def test_what_the_script_fits_itself_is_reported_and_left_alone(x):
     assert [catch.handle for catch in launcher.catches] == [handle]
     assert "its options hold" in launcher.catches[0].caught
     assert launcher.catches[0].summary()["budget"] is None
+
+
+# LLaMA-Factory: the real one is in tests/integrations/test_llamafactory.py -------------------------------------------
+
+
+def test_a_torchrun_that_the_script_starts_runs_under_memfit():
+    command = "torchrun --nnodes 1 --nproc_per_node 2 --master_port 29500 /x/llamafactory/launcher.py sft.yaml lr=1"
+    words = ["run", "--budget", "6 GiB", "--report", "/y/report.json"]
+    assert llamafactory.under_memfit(command.split(), words) == [
+        *[sys.executable, "-m", "torch.distributed.run"],
+        *["--nnodes", "1", "--nproc_per_node", "2", "--master_port", "29500"],
+        *["-m", "memfit", "run", "--budget", "6 GiB", "--report", "/y/report.json", "--"],
+        *["/x/llamafactory/launcher.py", "sft.yaml", "lr=1"],
+    ]
+
+
+@pytest.mark.parametrize("command", [[], "torchrun x.py", ["nvidia-smi", "x.py"], ["torchrun", "--help"]])
+def test_other_commands_are_left_alone(command):
+    assert llamafactory.under_memfit(command, ["run"]) is None
+
+
+def test_what_started_processes_is_not_blamed(monkeypatch):
+    """Its `subprocess` is replaced in that one module, and is back afterwards."""
+    starter = types.ModuleType("llamafactory.launcher")
+    starter.subprocess = subprocess
+    monkeypatch.setitem(sys.modules, "llamafactory.launcher", starter)
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: ran.append(command))
+    launcher = Launcher(Recorder(), {}, ["run", "--budget", "min"])
+    launcher.install()
+    starter.subprocess.run(["nvidia-smi"], check=True)
+    assert not launcher.handed_over
+    starter.subprocess.run(["torchrun", "launcher.py"], check=True)
+    assert launcher.handed_over
+    launcher.remove()
+    assert starter.subprocess is subprocess
+    assert ran[0] == ["nvidia-smi"]
+    assert ran[1][-6:] == ["memfit", "run", "--budget", "min", "--", "launcher.py"]

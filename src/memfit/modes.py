@@ -17,9 +17,11 @@ class Modes:
             {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}.values()
         )
         self._switched = [
-            weakref.ref(m) for m in model.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)
+            weakref.ref(m)
+            for m in model.modules()
+            if isinstance(getattr(m, "gradient_checkpointing", None), bool | str)
         ]
-        self._taken: list[weakref.ref[torch.nn.Module]] = []
+        self._taken: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
         self._caches: list[tuple[Any, Any]] = []
 
     def enter(self) -> None:
@@ -27,8 +29,8 @@ class Modes:
         for reference in self._switched:
             module: Any = reference()
             if module is not None and module.gradient_checkpointing:
+                self._taken.append((reference, module.gradient_checkpointing))  # Unsloth's is a word
                 module.gradient_checkpointing = False
-                self._taken.append(reference)
                 note = "the model's own gradient checkpointing was taken over: the plan decides instead"
                 if note not in self.notes:
                     self.notes.append(note)
@@ -46,8 +48,8 @@ class Modes:
     def restore(self) -> None:
         """As the user had it."""
         self.leave()
-        for reference in self._taken:
+        for reference, value in self._taken:
             module: Any = reference()
             if module is not None:
-                module.gradient_checkpointing = True
+                module.gradient_checkpointing = value
         self._taken = []

@@ -80,7 +80,7 @@ class Runtime:
         self._turns = Turns()
         self._local = threading.local()
         self.links = Links(self.note, self._written)
-        self._model = weakref.ref(model)
+        self.model = weakref.ref(model)
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
             self.add_block(name, module)
@@ -99,7 +99,7 @@ class Runtime:
         return block
 
     def _above(self, name: str) -> list[weakref.ref[torch.nn.Module]]:
-        model = self._model()
+        model = self.model()
         assert model is not None
         parts = name.split(".")
         return [weakref.ref(model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))]

@@ -33,6 +33,7 @@ class Storages:
         self.raw: set[int] = set()  # nodes that nothing has written yet
         self._sizes: list[tuple[StorageWeakRef, int]] = []
         self._made: set[int] = set()  # by ops that are not recorded
+        self._handed: dict[int, StorageWeakRef] = {}  # to kernels that torch does not see
 
     def new_nodes(
         self,
@@ -206,13 +207,49 @@ class Storages:
             self.raw.discard(number)
             return self._boundary(number, tensor, "was filled by a kernel that torch does not see")
         expected = self._hash.get(number)
-        if expected is not None and _same_geometry(tensor, node.value) and fingerprint(tensor) != expected:
+        shown = self._shown(tensor, node.value) if expected is not None else None
+        if shown is not None and fingerprint(shown) != expected:
             return self._boundary(number, tensor, "was changed by a kernel that torch does not see")
         return number
+
+    def _shown(self, tensor: torch.Tensor, value: Value) -> torch.Tensor | None:
+        """What was hashed of a storage, if ``tensor`` shows just that, or if a kernel may have written a part of it."""
+        if _same_geometry(tensor, value):
+            return tensor
+        if address_of(tensor) not in self._handed or tensor.dtype != value.dtype or tensor.is_conj() or tensor.is_neg():
+            return None
+        return tensor.as_strided(value.size, value.stride, value.offset)
+
+    def hand_to_kernel(self, tensor: torch.Tensor) -> None:
+        """A kernel is about to be given ``tensor``: hash what is in it, whoever made it. See `trace`."""
+        address = address_of(tensor)
+        if self.program.foreign or address not in self.current:
+            return
+        self._handed[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        if self.current[address] in self.raw:
+            return
+        number = self.consume(tensor)
+        value = self.program.nodes[number].value
+        if number not in self._hash and tensor.dtype == value.dtype:
+            self._hash[number] = fingerprint(tensor.as_strided(value.size, value.stride, value.offset))
+
+    def look_after_kernels(self) -> None:
+        """The forward is over: what was written after the last op that could have shown it?"""
+        for address, weak in self._handed.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
+            if storage is not None and self.current[address] not in self.raw:
+                value = self.program.nodes[self.current[address]].value
+                whole = torch.empty(0, dtype=value.dtype, device=storage.device)
+                self.consume(whole.set_(storage, value.offset, value.size, value.stride))
 
     def _boundary(self, number: int, tensor: torch.Tensor, reason: str) -> int:
         old = self.program.nodes[number]
         old.recomputable, old.reason = False, reason
+        if number in self._hash and any(saved.value.node == number for saved in self.program.saved):
+            old.reason = MUTATED  # what was saved is not what other ops have read
+        if old.leaf is not None:
+            self.program.writes = self.program.writes or f"a kernel writes its {_leaf_name(old)}"
+            old.reason, old.leaf = MUTATED, None
         node = ProgramNode(
             storage=old.storage,
             storage_bytes=old.storage_bytes,
@@ -221,7 +258,10 @@ class Storages:
             producer=old.producer,
             reason=reason,
         )
-        return self._add(node, address_of(tensor))
+        changed = self._add(node, address_of(tensor))
+        if address_of(tensor) in self._handed and tensor.dtype == old.value.dtype:
+            self._hash[changed] = fingerprint(tensor.as_strided(old.value.size, old.value.stride, old.value.offset))
+        return changed
 
     def forbid(self, number: int, reason: str) -> None:
         """Recipes may not make this node."""

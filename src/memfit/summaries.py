@@ -8,6 +8,7 @@ from typing import Any
 from memfit.blocks import Block
 from memfit.calls import Call
 from memfit.compiled import compiled_notes
+from memfit.patches import patch_notes
 from memfit.profiles import ProgramProfile
 from memfit.runtime import Runtime
 
@@ -35,7 +36,7 @@ def block_rows(
 def notes_of(runtime: Runtime, others: Iterable[str], steps: int) -> list[str]:
     """What the report says in sentences: of the model, of its blocks, and of what was not seen in ``steps`` steps."""
     compiled = compiled_notes(runtime.blocks, steps=steps, begun=runtime.begun)
-    return [*filter(None, others), *runtime.notes.values(), *compiled]
+    return [*filter(None, others), *runtime.notes.values(), *compiled, *patch_notes(runtime.model())]
 
 
 def unplanned_row(name: str) -> dict[str, Any]:

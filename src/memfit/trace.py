@@ -28,7 +28,7 @@ from memfit.bits import same_bits
 from memfit.costs import start_events
 from memfit.host import memory_ran_out
 from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
-from memfit.readers import READERS, patch_reader, python_random_state
+from memfit.readers import patch_readers, python_random_state, restore_readers
 from memfit.replay import generator_of
 from memfit.storages import PLAIN_TYPES, Storages, address_of, covers, geometry
 from memfit.tape import Tape
@@ -66,29 +66,29 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._random_state = python_random_state()
         for device in {torch.device("cpu"), *(t.device for _, t in self.leaves if t.device.type in ("cpu", "cuda"))}:
             self._generator_states[device] = generator_of(device).get_state()
-        for name in READERS:
-            self._patches.append((name, patch_reader(self.note_read, name)))
+        self._patches = patch_readers(self.note_read, self.note_launch)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._unpatch()
+        restore_readers(self._patches)
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
         self.leaves, self._owner = [], None  # a frame holds its callers' frames, and they hold what is computed
         self.program.python_random = python_random_state() != self._random_state
-
-    def _unpatch(self) -> None:
-        while self._patches:
-            name, original = self._patches.pop()
-            if original is None:
-                delattr(torch.Tensor, name)
-            else:
-                setattr(torch.Tensor, name, original)
 
     def note_read(self, what: str) -> None:
         """Python looked at data: the program depends on it."""
         if not self._reads and not self.program.data_dependent:
             self.program.data_dependent = what
+
+    def note_launch(self, tensor: torch.Tensor) -> None:
+        """A kernel that the dispatcher does not see is about to be given ``tensor``."""
+        self._reads += 1
+        try:
+            with torch._C._DisableTorchDispatch():
+                self._nodes.hand_to_kernel(tensor.detach())
+        finally:
+            self._reads -= 1
 
     def is_stale(self) -> bool:
         """Whether the recorded call is over. See NOTE [Stale modes]."""
@@ -351,6 +351,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             end.synchronize()
             program.ops[index].seconds = start.elapsed_time(end) * 1e-3
         if not program.foreign:
+            self._nodes.look_after_kernels()
             for tensor in outputs:
                 if type(tensor) not in PLAIN_TYPES:
                     program.foreign = type(tensor).__name__

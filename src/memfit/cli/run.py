@@ -62,7 +62,7 @@ def execute(arguments: argparse.Namespace) -> int:
     report = None if arguments.report is None else _report_path(Path(arguments.report))
     script.check(arguments.command)
     _start_under_tcmalloc()
-    launcher = Launcher(_fit, options)
+    launcher = Launcher(_fit, options, _words(arguments))
     launcher.install()
     failed = True
     try:
@@ -86,7 +86,19 @@ def execute(arguments: argparse.Namespace) -> int:
                 raise
             # The script's own failure is on its way: ours must not take its place.
             print(f"memfit: no report: {error}", file=sys.stderr)
-    return 0 if launcher.catches else EXIT_NOTHING_FITTED
+    return 0 if launcher.catches or launcher.handed_over else EXIT_NOTHING_FITTED
+
+
+def _words(arguments: argparse.Namespace) -> list[str]:
+    """The same verb with the same options, as words for another process. Files are found from any folder."""
+    words = ["run"]
+    for name in ("budget", "policy", "every_n_layers"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    for name in ("plan", "report"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name}", str(Path(getattr(arguments, name)).absolute())]
+    return words
 
 
 def _fit(model: Any, **options: Any) -> Any:
@@ -114,7 +126,7 @@ def _report(launcher: Launcher, path: Path | None, *, failed: bool) -> None:
     summaries = [catch.summary() for catch in launcher.catches]
     if summaries:
         text = "\n\n".join(render(summary) for summary in summaries)
-    elif failed and not launcher.refused:
+    elif (failed and not launcher.refused) or launcher.handed_over:
         return
     else:
         text = _why_nothing({**launcher.idle, **launcher.refused})

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from memfit.errors import ModelError
+from memfit.integrations import llamafactory
 from memfit.integrations.catches import Catch
 from memfit.integrations.imports import ImportWatcher
 from memfit.integrations.switches import Held, Switches, check_sharding, decides
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from memfit.autopilot import Handle
 
 _ENABLE = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
-_TAKEN_OVER = "`{name}` was told to checkpoint its activations: taken over by the plan."
 _CAUGHT = "`{name}` was caught by {hook}"
 _BY_TRAINER = "transformers' Trainer, when its training loop began"
 _BY_CALL = "its first training forward"
@@ -45,14 +45,20 @@ class Launcher:
         catches: The fitted models, in order.
         refused: Modules that trained but could not be fitted: class name to reason.
         idle: Modules that were called and did not train: class name to reason.
+        handed_over: Whether the script has started processes of its own under Memfit: they report.
     """
 
-    def __init__(self, fit: Callable[..., Handle], options: Mapping[str, object]) -> None:
+    def __init__(
+        self, fit: Callable[..., Handle], options: Mapping[str, object], words: Sequence[str] = ("run",)
+    ) -> None:
+        """Fit with ``options``; ``words`` say the same on the command line, for processes that the script starts."""
         self.catches: list[Catch] = []
         self.refused: dict[str, str] = {}
         self.idle: dict[str, str] = {}
+        self.handed_over = False
         self._fit = fit
         self._options = dict(options)
+        self._words = tuple(words)
         # Modules are compared by identity. All references are weak: what the script drops may go.
         self._fitted: weakref.WeakKeyDictionary[torch.nn.Module, Catch] = weakref.WeakKeyDictionary()
         self._asked: weakref.WeakKeyDictionary[torch.nn.Module, Switches] = weakref.WeakKeyDictionary()
@@ -65,6 +71,8 @@ class Launcher:
                 "torch": self._watch_torch,
                 "transformers.modeling_utils": self._watch_models,
                 "transformers.trainer": self._watch_trainer,
+                llamafactory.CHECKPOINTING: self._watch_llamafactory,
+                llamafactory.LAUNCHER: self._watch_torchrun,
             }
         )
 
@@ -105,8 +113,7 @@ class Launcher:
         return catch
 
     def _note(self, catch: Catch, module: torch.nn.Module, switches: Switches) -> None:
-        catch.notes.append(_TAKEN_OVER.format(name=type(module).__name__))
-        catch.notes += switches.notes(decided=decides(self._options))[1:]
+        catch.notes += switches.taken_over(type(module).__name__, decided=decides(self._options))
 
     @property
     def is_waiting(self) -> bool:
@@ -145,16 +152,30 @@ class Launcher:
     def _take_over(self, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
         def enable(model: torch.nn.Module, *args: object, **kwargs: object) -> None:
-            catch = self._fitted.get(model)
-            switches = Switches.of_call(f"{original.__name__}()", args, kwargs)
-            if catch is not None:
-                self._note(catch, model, switches)
-                return
-            self._asked[model] = switches
-            if self._first_call is not None:
-                self._first_call.arm()
+            self._ask(model, Switches.of_call(f"{original.__name__}()", args, kwargs))
 
         return enable
+
+    def _ask(self, model: torch.nn.Module, switches: Switches) -> None:
+        """A model was told about checkpointing."""
+        catch = self._fitted.get(model)
+        if catch is not None:
+            self._note(catch, model, switches)
+            return
+        self._asked[model] = switches
+        if self._first_call is not None:
+            self._first_call.arm()
+
+    def _watch_llamafactory(self, checkpointing: ModuleType) -> None:
+        wrap = functools.partial(llamafactory.tell_switches, told=self._ask)
+        self._replace(checkpointing, "prepare_model_for_training", wrap)
+
+    def _watch_torchrun(self, starter: ModuleType) -> None:
+        def told() -> None:
+            self.handed_over = True
+
+        wrap = functools.partial(llamafactory.starts_memfit, words=self._words, told=told)
+        self._replace(starter, "subprocess", wrap)
 
     def _watch_trainer(self, trainer: ModuleType) -> None:
         self._replace(trainer.Trainer, "train", self._inside_trainer)

@@ -68,6 +68,13 @@ class Switches:
                 lines.append(f"`{name}{_shown(value)}` was taken over: {why}")
         return lines
 
+    def taken_over(self, name: str, *, decided: bool) -> list[str]:
+        """The same of a model of class ``name`` that was told by itself."""
+        return [
+            f"`{name}` was told to checkpoint its activations: taken over by the plan.",
+            *self.notes(decided=decided)[1:],
+        ]
+
     def options(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `fit`: the user's own, and what the switches ask for where those decide nothing."""
         options = dict(own)
@@ -112,12 +119,13 @@ class Held:
     def __init__(self, model: torch.nn.Module, trainer: Any = None) -> None:
         """Switch off."""
         self.notes: list[str] = []
-        self._flagged: list[weakref.ref[torch.nn.Module]] = []
+        self._flagged: list[tuple[weakref.ref[torch.nn.Module], bool | str]] = []
         self._undo: Callable[[], None] = lambda: None
         for module in model.modules():
-            if getattr(module, "gradient_checkpointing", None) is True:
+            value = getattr(module, "gradient_checkpointing", None)
+            if isinstance(value, bool | str) and value:  # Unsloth's is a word
                 module.gradient_checkpointing = False  # type: ignore[assignment]
-                self._flagged.append(weakref.ref(module))
+                self._flagged.append((weakref.ref(module), value))
         context = getattr(trainer, _OFFLOADING, None)
         if context is not None and not isinstance(context, contextlib.nullcontext):
             self._set_offloading(trainer, contextlib.nullcontext())
@@ -136,10 +144,10 @@ class Held:
         """As the user had it."""
         self._undo()
         self._undo = lambda: None
-        for reference in self._flagged:
+        for reference, value in self._flagged:
             module: Any = reference()
             if module is not None:
-                module.gradient_checkpointing = True
+                module.gradient_checkpointing = value
         self._flagged = []
 
     @staticmethod
