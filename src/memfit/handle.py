@@ -93,6 +93,7 @@ class Handle:
         self.runtime = Runtime(model, [] if self._measures_only else hooked)
         self.runtime.blocks += compiled
         self.runtime.choose = self._choose
+        self.runtime.whole = budget == "min" or request.is_full
         self.runtime.has_room = self._has_room
         self.runtime.keeper = Keeper(self._meter)
         self.runtime.step_began = self._step_began

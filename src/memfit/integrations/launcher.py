@@ -105,8 +105,8 @@ class Launcher:
         return catch
 
     def _note(self, catch: Catch, module: torch.nn.Module, switches: Switches) -> None:
-        catch.notes.append(_TAKEN_OVER.format(name=type(module).__name__))
-        catch.notes += switches.notes(decided=decides(self._options))[1:]
+        notes = [_TAKEN_OVER.format(name=type(module).__name__), *switches.notes(decided=decides(self._options))[1:]]
+        catch.notes += [note for note in notes if note not in catch.notes]  # some ask again before every update
 
     @property
     def is_waiting(self) -> bool:
@@ -246,7 +246,7 @@ def _own_handle(model: torch.nn.Module) -> Handle | None:
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside `DistributedDataParallel`, whose blocks are the same and whose name is not the user's."""
-    while type(model).__name__ == "DistributedDataParallel":
-        model = model.module  # type: ignore[assignment]
-    return model
+    """The module inside `DistributedDataParallel` or DeepSpeed's engine, whose name is not the user's."""
+    from memfit.sharding import unwrapped
+
+    return unwrapped(model)
