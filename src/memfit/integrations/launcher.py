@@ -249,4 +249,6 @@ def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside `DistributedDataParallel` or DeepSpeed's engine, whose name is not the user's."""
     from memfit.sharding import unwrapped
 
+    while type(model).__name__ == "DistributedDataParallel":
+        model = model.module  # type: ignore[assignment]
     return unwrapped(model)
