@@ -167,7 +167,7 @@ class ReplayOfModule:
             found.append(tensor.detach())
             if len(found) == wanted and not partitioned:  # what gathers in modules must see each of them end
                 raise _AllPacked
-            return tensor
+            return tensor.detach()
 
         before = {device: generator_of(device).get_state() for device in self.states}
         for device, state in self.states.items():

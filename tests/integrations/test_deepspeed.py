@@ -8,6 +8,7 @@ stays gathered between a module's forward and its backward.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import time
@@ -26,7 +27,7 @@ import memfit
 from memfit.solver.special import full_policy
 from ranks import Outcome, equal, run, values, whole
 from runs import report, tail
-from training import TEXT, assert_example_runs, bert, encode, llama, rows, save_tokenizer
+from training import batch_of_text, llama
 
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "MEMFIT_ALLOCATOR": "system"}
 GONE = {
@@ -62,10 +63,8 @@ def config(stage: int, accumulate: int = 1, zero: Mapping[str, Any] | None = Non
 
 
 def batch(number: int, length: int) -> torch.Tensor:
-    """Tokens of real text, others on every rank."""
-    which = (2 * number + 5 * dist.get_rank()) % len(TEXT)
-    texts = [" ".join(TEXT[which:] + TEXT), " ".join(TEXT[(which + 1) % len(TEXT) :] + TEXT)]
-    return torch.tensor([(encode(text * 9, length) + [0] * length)[:length] for text in texts])
+    """Other texts on every rank."""
+    return batch_of_text(2 * number + 5 * dist.get_rank(), length)
 
 
 def learn(engine: Any, model: nn.Module, loss: torch.Tensor, steps: list[Step]) -> None:
@@ -171,7 +170,7 @@ def train(
         handle = memfit.fit(model if fit == "after" else engine, **fitting)
     model.train()
     found: list[Step] = []
-    gathers, kept, alive = Gathers(), [], []
+    gathers, kept, alive, left = Gathers(), [], [], []
     with gathers.watched():
         for number in range(steps):
             torch.manual_seed(100 * number + dist.get_rank())
@@ -180,12 +179,21 @@ def train(
             kept.append(size)
             alive.append(gathers.alive())
             learn(engine, model, loss, found)
+            del loss
+            left.append(_tensors() - sum(len(step) for step in found))
         found.append(weights(model))
     summary = handle.summary() if handle is not None else None
     if handle is not None:
         handle.remove()
     engine.destroy()
-    return {"steps": found, "summary": summary, "kept": kept[-1], "alive": alive[-1], "gathers": gathers.count}
+    counts = {"kept": kept[-1], "alive": alive[-1], "left": left[-1] - left[-2], "gathers": gathers.count}
+    return {"steps": found, "summary": summary, **counts}
+
+
+def _tensors() -> int:
+    """How many there are."""
+    gc.collect()
+    return sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
 
 
 BF16 = {"bf16": {"enabled": True}}
@@ -220,7 +228,7 @@ def compare(name: str) -> list[dict[str, Any]]:
     for fit, fitting, mode in ways:
         fitted = train(stage, fit, fitting=fitting, **options)
         found.append({"fit": fit, "mode": mode, "difference": equal(fitted.pop("steps"), plain["steps"]), **fitted})
-        found[-1]["plain"] = {key: plain[key] for key in ("kept", "alive", "gathers")}
+        found[-1]["plain"] = {key: plain[key] for key in ("kept", "alive", "left", "gathers")}
     return found
 
 
@@ -271,6 +279,7 @@ def assert_same(found: dict[str, Any]) -> None:
     if found["mode"] == "replay":
         assert summary["recomputed_bytes"] > 0
     assert found["kept"] < found["plain"]["kept"], found
+    assert found["left"] <= max(0, found["plain"]["left"]), "every step leaves tensors behind"
     assert summary["steps"] > 0
     assert summary["predicted_peak_bytes"] is not None
 
@@ -303,7 +312,7 @@ def test_recipes_gather_nothing_and_keep_no_weights(zero_on_two):
             assert way["alive"] <= plain["alive"], way
 
 
-# A budget that no plan without gathering holds -------------------------------------------------------------------------
+# A budget that no plan without gathering holds ----------------------------------------------------------------------
 
 
 def too_small() -> dict[str, Any]:
@@ -332,7 +341,7 @@ def test_whole_blocks_where_recipes_do_not_do(others_on_two):
         assert any("blocks run again as a whole" in note for note in found["summary"]["notes"])
 
 
-# DeepSpeed's own checkpointing -----------------------------------------------------------------------------------------
+# DeepSpeed's own checkpointing --------------------------------------------------------------------------------------
 
 
 class Checkpointed(nn.Module):
@@ -341,8 +350,9 @@ class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 32))
-                                    for _ in range(3))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 32)) for _ in range(3)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         import deepspeed
@@ -392,7 +402,9 @@ def test_its_own_checkpoint_is_taken_over(others_on_two):
 
 def test_a_block_of_json_that_does_nothing_is_reported(others_on_two):
     for found in others_on_two("checkpoint"):
-        assert sum("`activation_checkpointing` in DeepSpeed's configuration does nothing" in n for n in found["idle"]) == 1
+        assert (
+            sum("`activation_checkpointing` in DeepSpeed's configuration does nothing" in n for n in found["idle"]) == 1
+        )
         assert not any("was taken over" in note for note in found["idle"])
 
 
@@ -442,9 +454,12 @@ def compare_pipelined() -> list[dict[str, Any]]:
 
 def test_a_pipeline_is_taken_over():
     """Its segments are seeded as they were, by both of its functions."""
-    for found in values([o if o.value is None else o.value["pipeline"] for o in run(
-        play, ["pipeline"], ranks=1, environment=ENVIRONMENT
-    )])[0]:
+    for found in values(
+        [
+            o if o.value is None else o.value["pipeline"]
+            for o in run(play, ["pipeline"], ranks=1, environment=ENVIRONMENT)
+        ]
+    )[0]:
         assert found["difference"] == ""
         assert found["restored"]
         summary = found["summary"]
@@ -454,7 +469,7 @@ def test_a_pipeline_is_taken_over():
         assert any("`activation_checkpoint_interval=2` was taken over" in note for note in summary["notes"])
 
 
-# DeepSpeed-Chat --------------------------------------------------------------------------------------------------------
+# DeepSpeed-Chat ------------------------------------------------------------------------------------------------------
 
 
 class RewardModel(nn.Module):
@@ -500,7 +515,11 @@ def chat(stage: int, fit: bool) -> dict[str, Any]:
         with torch.no_grad():
             prompt = batch(number, 12)
             ids = engines[0].module.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, min_new_tokens=4, do_sample=False,
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=4,
+                min_new_tokens=4,
+                do_sample=False,
                 synced_gpus=stage == 3,
             )
             old = _log_probabilities(engines[0](input_ids=ids).logits, ids)
@@ -538,6 +557,124 @@ def test_an_actor_and_a_critic(stage, actor, others_on_two):
             assert summary["steps"] == 4
             assert any("own gradient checkpointing was taken over" in note for note in summary["notes"])
         assert found["summaries"][1]["recomputed_bytes"] > 0
+
+
+# Unmodified scripts, the Trainer, the example -----------------------------------------------------------------------
+
+SCRIPT = """
+import json, sys
+import deepspeed, torch
+import torch.distributed as dist
+from training import batch_of_text, llama
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.init_distributed("gloo")
+model = llama(num_layers=3)
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=json.loads(sys.argv[1]))
+engine.module.gradient_checkpointing_enable()
+losses = []
+for number in range(4):
+    torch.manual_seed(100 * number + dist.get_rank())
+    ids = batch_of_text(number + dist.get_rank())
+    loss = engine(input_ids=ids, labels=ids).loss
+    engine.backward(loss)
+    engine.step()
+    losses.append(float(loss).hex())
+if dist.get_rank() == 0:
+    print("losses", *losses)
+dist.destroy_process_group()
+"""
+
+
+def script_environment() -> dict[str, str]:
+    here = os.path.dirname(os.path.abspath(__file__))
+    return {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))}
+
+
+def losses_of(done: Any) -> str:
+    assert done.status == 0, tail(done.output)
+    return next(line for line in done.output.splitlines() if line.startswith("losses"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "budget", "mode"), [(2, "min", "replay"), (3, "2GiB", "replay"), (3, "min", "fallback")]
+)
+def test_an_unmodified_script(runs, stage, budget, mode):
+    """Under `torchrun`: the model is found in the engine, and its switch is taken over."""
+    (runs.folder / "train.py").write_text(SCRIPT)
+    settings = json.dumps(config(stage, zero=GONE if stage == 3 else {}))
+    plain = losses_of(runs.torchrun(2, "train.py", settings, **script_environment()))
+    memfit_run = ["-m", "memfit", "run", "--budget", budget, "--report", "report.json", "--"]
+    assert losses_of(runs.torchrun(2, *memfit_run, "train.py", settings, **script_environment())) == plain
+    for name in ("report.json", "report.rank1.json"):
+        summary = report(runs.folder / name)
+        assert summary["model"] == "LlamaForCausalLM"
+        assert {block["mode"] for block in summary["blocks"]} == {mode}, summary
+        assert [block["name"] for block in summary["blocks"]] == [f"model.layers.{i}" for i in range(3)]
+        assert summary["steps"] == 4
+        assert any("told to checkpoint its activations: taken over" in note for note in summary["notes"])
+
+
+TRAINER = """
+import json, sys
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from training import llama, rows, weights
+
+import deepspeed
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+callbacks = []
+if sys.argv[2] != "plain":
+    from memfit.integrations.transformers import MemfitCallback
+    from memfit.solver.special import full_policy
+    callbacks = [MemfitCallback(**({"policy": full_policy} if sys.argv[2] == "smallest" else {"budget": sys.argv[2]}))]
+arguments = TrainingArguments(
+    "out", deepspeed=json.loads(sys.argv[1]), use_cpu=True, max_steps=4, per_device_train_batch_size=2, seed=3,
+    logging_steps=1, save_strategy="no", report_to=[], activation_checkpointing=True, learning_rate=1e-2,
+    max_grad_norm=1.0,
+)
+model = llama(num_layers=3)
+trainer = Trainer(model, arguments, train_dataset=rows(), callbacks=callbacks)
+trainer.train()
+if trainer.is_world_process_zero():
+    history = [(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e]
+    print("losses", *history)
+    if callbacks:
+        print("report", json.dumps(callbacks[0].summary()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "budget", "mode"),
+    [(1, 2, "min", "replay"), (2, 3, "smallest", "replay"), (2, 3, "min", "fallback")],
+)
+def test_the_trainer_with_a_json(runs, ranks, stage, budget, mode):
+    (runs.folder / "train.py").write_text(TRAINER)
+    settings = {**config(stage), "train_micro_batch_size_per_gpu": "auto"}
+    environment = script_environment()
+    outputs = [
+        runs.torchrun(ranks, "train.py", json.dumps(settings), which, **environment) for which in ("plain", budget)
+    ]
+    assert losses_of(outputs[0]) == losses_of(outputs[1])
+    line = next(line for line in outputs[1].output.splitlines() if line.startswith("report"))
+    summary = json.loads(line.removeprefix("report"))
+    assert {block["mode"] for block in summary["blocks"]} == {mode}, summary
+    assert len(summary["blocks"]) == 3
+    assert summary["steps"] == 4
+    assert any("`activation_checkpointing=True` was taken over" in note for note in summary["notes"])
+
+
+def test_example(runs):
+    """`deepspeed_zero3.py` as it stands, and without Memfit: the same losses."""
+    path = os.path.join(os.path.dirname(__file__), "..", "..", "examples", "deepspeed_zero3.py")
+    short = ["--steps", "3", "--length", "64"]
+    fitted, plain = (runs.torchrun(2, path, *short, *more, **ENVIRONMENT) for more in ([], ["--plain"]))
+    for done in (fitted, plain):
+        assert done.status == 0, tail(done.output)
+    losses = [[line for line in done.output.splitlines() if ": loss " in line] for done in (fitted, plain)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+    assert "  fallback  " in fitted.output
 
 
 OTHERS: dict[str, Callable[[], Any]] = {
