@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO 1, 2 and 3 compute what they compute without Memfit, to the last bit, and its switches are taken over.
+"""DeepSpeed: ZeRO 1, 2 and 3 compute what they do without Memfit, to the last bit; its switches are taken over.
 
 The real DeepSpeed on CPU, gloo, in processes of their own. A run without Memfit in the same processes is the truth;
 ranks draw other dropout masks and see other batches. `GONE` is ZeRO-3 as for a model whose weights do not fit: nothing
@@ -310,6 +310,28 @@ def test_recipes_gather_nothing_and_keep_no_weights(zero_on_two):
             else:
                 assert way["gathers"] > plain["gathers"], way
             assert way["alive"] <= plain["alive"], way
+
+
+def broken(what: str) -> dict[str, Any]:
+    """Rule 8, switched off in one of its parts."""
+    from memfit import fallback, parking
+
+    plain = train(3, zero=GONE, steps=2)
+    if what == "aliases":
+        parking.by_reference = lambda pack, parameters: pack  # type: ignore[assignment]
+        return {"plain": plain, "fitted": train(3, "before", fitting=SMALLEST, zero=GONE, steps=2)}
+    fallback.staying = lambda parameters: contextlib.nullcontext()  # type: ignore[assignment]
+    return {"plain": plain, "fitted": train(3, "before", fitting=FULL, zero=GONE, steps=2)}
+
+
+def test_rule_08_aliases_of_partitioned_parameters_keep_them_alive():
+    for found in values(run(broken, "aliases", environment=ENVIRONMENT)):
+        assert found["fitted"]["alive"] > found["plain"]["alive"], "without the rule nothing is kept"
+
+
+def test_rule_08_what_the_backward_has_gathered_stays():
+    for outcome in run(broken, "freed", environment=ENVIRONMENT):
+        assert "size mismatch" in outcome.error, "without the rule nothing is missing"
 
 
 # A budget that no plan without gathering holds ----------------------------------------------------------------------
