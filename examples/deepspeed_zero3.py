@@ -79,6 +79,7 @@ def main() -> None:
 
     if handle is not None and dist.get_rank() == 0:
         print(handle.report())
+    dist.barrier()  # whose connection is gone first ends the others
     dist.destroy_process_group()
 
 

@@ -312,6 +312,64 @@ def test_recipes_gather_nothing_and_keep_no_weights(zero_on_two):
             assert way["alive"] <= plain["alive"], way
 
 
+class Reading(nn.Module):
+    """It reads data in Python, holds its matrix itself, and so cannot be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 32) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(nn.functional.linear(x, self.weight))
+        return x + nn.functional.dropout(h * float(h.detach().max() < 9), 0.1) @ self.weight
+
+
+class Readers(nn.Module):
+    """Two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(Reading() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def read_by_python() -> list[dict[str, Any]]:
+    found = []
+    plain: list[Step] = []
+    for fitting in (None, SMALLEST, FULL):
+        deepspeed = start()
+        model = Readers()
+        handle = memfit.fit(model, **fitting) if fitting else None
+        settings = config(3, zero=GONE)
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=list(model.parameters()), config=settings, dist_init_required=False
+        )
+        steps: list[Step] = []
+        for number in range(3):
+            torch.manual_seed(100 * number + dist.get_rank())
+            learn(engine, model, engine(torch.randn(2, 5, 32)), steps)
+        plain = plain or steps
+        if handle is not None:
+            found.append({"difference": equal(steps, plain), "summary": handle.summary()})
+            handle.remove()
+        engine.destroy()
+    return found
+
+
+def test_blocks_that_python_reads(others_on_two):
+    """What one rank may do alone is to keep; to run again, and to gather for it, is for all."""
+    for found in others_on_two("reading"):
+        for way, mode in zip(found, ("plain", "fallback"), strict=True):
+            assert way["difference"] == ""
+            assert {block["mode"] for block in way["summary"]["blocks"]} == {mode}, way["summary"]
+        assert {block["reason"] for block in found[0]["summary"]["blocks"]} == {"depends on data: item()"}
+
+
 def broken(what: str) -> dict[str, Any]:
     """Rule 8, switched off in one of its parts."""
     from memfit import fallback, parking
@@ -703,6 +761,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "checkpoint": compare_checkpointed,
     "pipeline": compare_pipelined,
     "too small": too_small,
+    "reading": read_by_python,
     "chat 2": partial(compare_chat, 2),
     "chat 3": partial(compare_chat, 3),
 }
