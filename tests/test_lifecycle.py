@@ -244,6 +244,36 @@ def test_many_steps_leave_no_trace() -> None:
         assert tensors() <= before
 
 
+class ReadsItsData(nn.Module):
+    """Run again as a whole; it saves what it computes, which a graph of the second run must not keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.softmax(x @ self.weight, -1)
+        return torch.tanh(y + float((y > 2).sum())) * x
+
+
+def test_whole_blocks_leave_no_trace() -> None:
+    """Whether or not somebody collects garbage: a cycle through the graph is never found."""
+    model = nn.Sequential(ReadsItsData(), ReadsItsData())
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(1 for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+
+    with memfit.fit(model, policy="full") as handle:
+        counts = []
+        for _ in range(6):
+            model(torch.randn(4, WIDTH)).sum().backward()
+            model.zero_grad()
+            counts.append(tensors())
+        assert {block["mode"] for block in handle.summary()["blocks"]} == {"fallback"}
+    assert counts[-1] <= counts[1]
+
+
 # The model stays the user's ------------------------------------------------------------------------------------------
 
 HOOK_DICTS = [

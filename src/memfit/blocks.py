@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memfit.errors import ModelError
+from memfit.partitioned import is_resident, partitioned_in
 from memfit.programs import LeafKind
 from memfit.sharding import Modules, is_sharded
 from memfit.signature import Signatures, Watch, parameter_slots, pointers_of, storages_of
@@ -42,6 +43,7 @@ class Block:
         ignores_fields: Whether objects among its arguments count by their class only.
         above: The modules that it is in, from the model down.
         sharded: Whether its parameters may be gone outside its own forward and backward.
+        partitioned: Those of them that are ZeRO-3's.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Block:
     ignores_fields: bool = False
     above: Modules = ()
     sharded: bool = False
+    partitioned: list[torch.nn.Parameter] = field(default_factory=list)
 
     def look(self, generation: int) -> None:
         """Has it become another one? Where do its parameters lie? Looked at once per forward of the model."""
@@ -81,6 +84,11 @@ class Block:
             self._pointers = pointers
             self.own = storages_of(self.slots)
             self.sharded = is_sharded(self.module, self.above)
+            self.partitioned = partitioned_in(self.module) if self.sharded else []
+
+    def readable(self) -> tuple[Any, ...]:
+        """Of the signature: which arguments recipes may not read, and which partitioned parameters they may."""
+        return *sorted(self.written), "and", *(i for i, p in enumerate(self.partitioned) if is_resident(p))
 
     def unhook(self) -> None:
         """Take its hooks off."""

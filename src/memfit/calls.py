@@ -16,6 +16,7 @@ from memfit.fallback import WRITTEN, ReplayOfModule
 from memfit.frames import Cell, Frame, Handle, Kept, unpack
 from memfit.inputs import Inputs, copied
 from memfit.narrowing import narrow_form, widen
+from memfit.partitioned import is_partitioned, is_resident, readable
 from memfit.plans import Policy
 from memfit.programs import Leaf
 from memfit.replay import CompiledPolicy, generator_of
@@ -53,6 +54,7 @@ class Call:
         "policy",
         "program_key",
         "recorder",
+        "residents",
         "rng",
         "signature",
         "started",
@@ -71,6 +73,7 @@ class Call:
         self.args = args
         self.kwargs = kwargs
         self.handles: list[Handle] = []
+        self.residents = {id(p): p.detach() for p in block.partitioned if is_resident(p)}
         self.entry: Entry | None = None
         self.compiled: CompiledPolicy | None = None
         self.recorder: Recorder | None = None
@@ -159,7 +162,7 @@ class Call:
         written = self.block.written
         found = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(self.tensors) if i not in written]
         for (owner, name), (kind, dictionary) in self.block.slots.items():
-            value = dictionary.get(name)
+            value = readable(dictionary.get(name), self.residents)
             if value is not None:
                 found.append((Leaf(kind, -1, owner, name), value))
         return found
@@ -174,8 +177,7 @@ class Call:
         if leaf.kind == "input":
             return self.tensors[leaf.index]
         slot = self.block.slots.get((leaf.owner, leaf.name))
-        found: torch.Tensor | None = slot[1].get(leaf.name) if slot is not None else None
-        return found
+        return readable(slot[1].get(leaf.name), self.residents) if slot is not None else None
 
     def packed_by(self, node: Any) -> set[int]:
         """Which of this call's saved tensors a custom autograd Function saved."""
@@ -334,7 +336,8 @@ class Call:
         parameters = list(self.block.module.parameters())
         pointers = {local(t).data_ptr() for t in (*parameters, *self.tensors)}
         parked = [h.tensor for h in self.handles if h.tensor is not None]
-        frame.foreign = any(local(t) is not t for t in (*parameters, *self.tensors, *parked))
+        frame.partitioned = self.block.partitioned
+        frame.foreign = any(local(t) is not t for t in (*parameters, *self.tensors, *parked)) or bool(frame.partitioned)
         for given, version in zip(self.tensors, self.versions, strict=True):
             alias, is_saved = aliases.get(id(given), given), local(given).data_ptr() in saved
             if local(alias).data_ptr() != local(given).data_ptr():
@@ -344,7 +347,7 @@ class Call:
         frame.sharded, frame.defer = self.block.sharded, defer
         for parameter in parameters:
             pointer = local(parameter).data_ptr()
-            place = place_of(local(parameter)) if frame.sharded else pointer
+            place = None if is_partitioned(parameter) else place_of(local(parameter)) if frame.sharded else pointer
             frame.versions.append((parameter, parameter._version, place, pointer in saved))
         dropped: dict[int, torch.Tensor] = {}
         for handle in self.handles:
@@ -386,6 +389,7 @@ class Call:
         self.tensors = []
         self.args = self.kwargs = None
         self.states = None
+        self.residents = {}
         self.rng = None
         self.kept_frame = None
         self.compiled = None

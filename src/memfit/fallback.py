@@ -13,6 +13,7 @@ from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.frames import Handle, kept, passes
 from memfit.inputs import Inputs
+from memfit.partitioned import shown_by, staying
 from memfit.replay import generator_of
 from memfit.sharding import local, place_of
 from memfit.signature import SCALARS, numeric_flags, plain_attributes, set_numeric_flags
@@ -47,6 +48,7 @@ class ReplayOfModule:
         "lock",
         "metas",
         "module",
+        "partitioned",
         "samples",
         "settings",
         "sharded",
@@ -71,7 +73,9 @@ class ReplayOfModule:
         self.states: dict[torch.device, torch.Tensor] = {}
         self.autocast: tuple[str, Any, bool] | None = None
         self.values: dict[int, torch.Tensor] = {}
-        self.versions: list[tuple[torch.Tensor, int, int, bool]] = []  # the last one: whether autograd keeps it too
+        # Each with its version and place (none where ZeRO-3 moves it), and whether autograd keeps it too.
+        self.versions: list[tuple[torch.Tensor, int, int | None, bool]] = []
+        self.partitioned: list[torch.nn.Parameter] = []
         self.inputs: Inputs | None = None
         self.task = -2
         self.touched = False
@@ -91,7 +95,7 @@ class ReplayOfModule:
                 else:
                     self.versions.append((buffer, buffer._version, local(buffer).data_ptr(), False))
             plain = {name: value for name, value in child.__dict__.items() if isinstance(value, SCALARS)}
-            self.settings += [(child._parameters, dict(child._parameters)), (child._buffers, buffers)]
+            self.settings += [(child._parameters, dict(child._parameters.items())), (child._buffers, buffers)]
             self.settings.append((child.__dict__, plain))
         for argument in (*args, *kwargs.values()):
             if plain := plain_attributes(argument):
@@ -143,9 +147,8 @@ class ReplayOfModule:
     def _run(self) -> None:
         for tensor, version, place, is_saved in self.versions:
             sharded = self.sharded and isinstance(tensor, torch.nn.Parameter)
-            if (
-                tensor._version != version
-                or (place_of(local(tensor)) if sharded else local(tensor).data_ptr()) != place
+            if tensor._version != version or (
+                place is not None and (place_of(local(tensor)) if sharded else local(tensor).data_ptr()) != place
             ):
                 if not is_saved:
                     self._doubt(WRITTEN)
@@ -156,13 +159,15 @@ class ReplayOfModule:
                     f"{tensor._version}; expected version {version} instead)."
                 )
         found: list[torch.Tensor] = []
-        wanted = len(self.metas)
+        wanted, partitioned = len(self.metas), self.partitioned
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if partitioned and shown_by(tensor, partitioned) is not None:
+                return tensor  # autograd has the parameter itself
             found.append(tensor.detach())
-            if len(found) == wanted:
+            if len(found) == wanted and not partitioned:  # what gathers in modules must see each of them end
                 raise _AllPacked
-            return tensor
+            return tensor.detach()
 
         before = {device: generator_of(device).get_state() for device in self.states}
         for device, state in self.states.items():
@@ -172,6 +177,7 @@ class ReplayOfModule:
         try:
             with (
                 _restored(self.settings),
+                staying(partitioned),
                 set_numeric_flags(self.flags),
                 torch.enable_grad(),
                 self._undisturbed(),
@@ -215,7 +221,8 @@ class ReplayOfModule:
 @contextmanager
 def _restored(settings: _Settings) -> Iterator[None]:
     """Have a module as it was, and leave it as it is: what a second run writes down is gone with it."""
-    before = [(dictionary, dict(dictionary)) for dictionary, _ in settings]
+    # By items: ZeRO-3's dictionaries of parameters gather what is taken out by name.
+    before = [(dictionary, dict(dictionary.items())) for dictionary, _ in settings]
     for dictionary, then in settings:
         dictionary.update(then)
     try:

@@ -7,6 +7,7 @@ from hashlib import sha256
 import torch
 
 from memfit.errors import PlanError
+from memfit.partitioned import whole_shape
 from memfit.plans import Plan
 from memfit.sharding import class_name
 
@@ -15,7 +16,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     """Equal for models of equal structure: names, shapes and dtypes of parameters and buffers, and which train."""
     digest = sha256(class_name(model).encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}\n".encode())
+        digest.update(f"{name} {whole_shape(tensor)} {tensor.dtype} {tensor.requires_grad}\n".encode())
     return digest.hexdigest()[:16]
 
 

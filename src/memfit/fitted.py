@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from memfit.entries import ProgramState
-from memfit.errors import MemfitError
+from memfit.errors import InfeasibleBudgetError, MemfitError
 from memfit.limits import Limits, limits
 from memfit.plans import Plan, Policy
 from memfit.profiler import Profiler
 from memfit.profiles import ProgramProfile, StepProfile
+from memfit.ranks import Ranks
+from memfit.runtime import Runtime
 from memfit.solver.peak import simulate
 
 MAX_SMALLER = 4096
@@ -21,6 +23,9 @@ MAX_SMALLER = 4096
 
 class Removable(Protocol):
     """What can be taken off a model."""
+
+    runtime: Runtime
+    ranks: Ranks
 
     def remove(self) -> None:
         """Make the model exactly what it was."""
@@ -31,9 +36,28 @@ def unfitted_on_error(handle: Removable) -> Iterator[None]:
     """A deliberate error leaves nothing half-applied: the model is unfitted before the error reaches its user."""
     try:
         yield
+    except InfeasibleBudgetError:
+        if not _run_whole(handle.runtime, handle.ranks):
+            handle.remove()
+            raise
     except MemfitError:
         handle.remove()
         raise
+
+
+def _run_whole(runtime: Runtime, ranks: Ranks) -> bool:
+    """No plan fits: is there another way to run the blocks, on all ranks? See NOTE [Partitioned parameters]."""
+    blocks = [block for block in runtime.blocks if block.partitioned]
+    if runtime.whole or not blocks or (ranks.ranks and not ranks.refused):
+        return False
+    ranks.decide_again()
+    runtime.whole = True
+    for block in blocks:
+        block.entries.clear()
+        if block.mode == "plain":
+            block.mode, block.reason = "replay", ""
+    runtime.note("whole", "the budget is too small for plans that gather no parameters: blocks run again as a whole")
+    return True
 
 
 class Fitted:

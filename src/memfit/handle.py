@@ -89,6 +89,7 @@ class Handle:
         self._planned = Planned(self.runtime.keeper)
         self._occasions = Occasions()
         self.runtime.choose = self._choose
+        self.runtime.whole = budget == "min" or request.is_full
         self.runtime.has_room = self._has_room
         self.runtime.step_began = self._step_began
         self.runtime.first_called = self._first_called

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memfit.frames import Handle
+from memfit.partitioned import by_reference
 from memfit.storages import PLAIN_TYPES
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def park(call: Call) -> Callable[[torch.Tensor], Handle]:
         call.snapshot(len(handles))
         return handle
 
-    return pack if recorder is None else pack_recorded
+    chosen = pack if recorder is None else pack_recorded
+    return by_reference(chosen, call.block.partitioned) if call.block.partitioned else chosen
 
 
 def park_and_snapshot(call: Call) -> Callable[[torch.Tensor], Handle]:
@@ -56,4 +58,4 @@ def park_and_snapshot(call: Call) -> Callable[[torch.Tensor], Handle]:
             call.snapshot(len(handles))
         return handle
 
-    return pack
+    return by_reference(pack, call.block.partitioned) if call.block.partitioned else pack

@@ -3,9 +3,9 @@
 NOTE [Ranks agree]: nothing here is a collective, so nothing can come between those of the user. Ranks talk through the
 store that `init_process_group` was given, with deadlines:
 
-- A model is trained together if its forward runs inside `DistributedDataParallel`, or if parameters are DTensors
-  (FSDP2, tensor parallel); with the ranks of that process group or mesh. Otherwise (pipeline stages, hand-written
-  reductions) every rank is on its own, and nothing is exchanged.
+- A model is trained together if its forward runs inside `DistributedDataParallel` or DeepSpeed's engine, or if
+  parameters are DTensors (FSDP2, tensor parallel); with the ranks of that process group or mesh. Otherwise (pipeline
+  stages, hand-written reductions) every rank is on its own, and nothing is exchanged.
 - The first plan, and the one made when the optimizer's state has been born, are decided by the lowest rank from the
   worst rank's numbers: the most of every event's bytes and of every op's seconds, under the smallest budget. These two
   points every rank passes in the same step, since each backward in between was a collective. Where one does not (it
@@ -36,6 +36,7 @@ import torch.distributed as dist
 from memfit.claims import Claim, merge
 from memfit.errors import InfeasibleBudgetError, RankError, RecomputeError
 from memfit.fingerprints import check_world
+from memfit.partitioned import engine_around
 from memfit.plans import Plan
 from memfit.profiles import StepProfile
 from memfit.sharding import mesh_ranks, mesh_shape
@@ -56,6 +57,9 @@ def ranks_of(model: torch.nn.Module) -> tuple[int, ...]:
     replicated = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if replicated is not None and any(module is model for module in replicated.modules()):
         return tuple(sorted(dist.get_process_group_ranks(replicated.process_group)))
+    engine = engine_around(model)
+    if engine is not None:
+        return tuple(sorted(dist.get_process_group_ranks(engine.seq_data_parallel_group)))
     return mesh_ranks(model)
 
 
@@ -66,6 +70,7 @@ class Ranks:
         ranks: All that train the model, in order; empty where it is alone.
         given: The plan to apply, if there is one: it holds for as many ranks as it was made for.
         story: How the plan came about, for the report; "" where there is only one rank.
+        refused: Whether no plan fits, and all ranks know.
     """
 
     def __init__(self, name: str, fingerprint: str) -> None:
@@ -79,6 +84,7 @@ class Ranks:
         self._store: Any = None
         self._me = 0
         self._agrees = False  # still takes part in deciding
+        self.refused = False
         self._again = ""  # the profile for which the ranks meet again when the optimizer's state is born
         self._ticks = 0  # optimizer steps about to be made so far
         self._attempt = 0
@@ -168,6 +174,10 @@ class Ranks:
         self._obey(verdict)
         return (solve(profile, budget) if plan is None else plan), False
 
+    def decide_again(self) -> None:
+        """No plan fits, and all ranks run their blocks in another way from here."""
+        self.refused, self._agrees = False, bool(self.ranks)
+
     def absent(self, step: int) -> None:
         """Step ``step`` begins with nothing to decide on: this rank retries, or its first step was broken off."""
         if self._agrees and not self.story:
@@ -221,7 +231,7 @@ class Ranks:
             self._agrees = False
             raise RankError(self._me, verdict["why"])
         if kind == "infeasible":
-            self._agrees = False
+            self.refused, self._agrees = True, False
             raise InfeasibleBudgetError(verdict["budget"], verdict["minimum"], verdict["event"], verdict["advice"])
         if kind == "alone":
             self._leave(verdict["why"])

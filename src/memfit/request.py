@@ -39,6 +39,11 @@ class Request:
         """Whether it says what every block does, so that nothing is left to a solver."""
         return self.policy is not None or self.plan is not None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every block is to recompute all it can."""
+        return self.policy == "full" and self.every_n_layers == 1
+
     def number(self, blocks: Iterable[str]) -> None:
         """Which block is the n-th."""
         self._places = {name: i for i, name in enumerate(blocks)}

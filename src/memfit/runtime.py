@@ -32,6 +32,7 @@ from memfit.inputs import Inputs
 from memfit.keeper import Keeper
 from memfit.links import Links
 from memfit.parking import park, park_and_snapshot
+from memfit.partitioned import WHOLE, only_reads
 from memfit.plans import Policy
 from memfit.programs import Program
 from memfit.sharding import shards_inside
@@ -45,8 +46,7 @@ GRAPH_CHECKED_CALLS = 8
 GRAPH_CHECK_PERIOD = 16
 MAX_PROGRAMS_PER_BLOCK = 128
 UNSTEADY = "its program changes from call to call"
-MAX_PROGRAMS = 512
-"""Of a model; beyond it those that no block remembers are forgotten."""
+MAX_PROGRAMS = 512  # of a model; beyond it those that no block remembers are forgotten
 MAX_RECORDINGS_IN_A_ROW = 32
 RECORDING_FORWARDS = 5
 """What a recording costs, in forwards of the block."""
@@ -71,6 +71,7 @@ class Runtime:
         self.begun = False
         self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
         self.active = True
+        self.whole = False  # blocks that ZeRO-3 has partitioned run again as a whole
         self.generation = 0
         self.steps = 0  # begun so far
         self.notes: dict[str, str] = {}
@@ -188,8 +189,8 @@ class Runtime:
             self.begin_if_new()
         if block.watched != self.generation:
             block.look(self.generation)
-        if block.written:
-            key.append(("written", *sorted(block.written)))
+        if block.written or block.partitioned:
+            key.append(block.readable())
         flags = numeric_flags()
         signature = block.signatures.of(key, fields, tensors, block.module.training, block.own, flags)
         call = Call(block, len(self.calls), tensors, args, kwargs)
@@ -275,14 +276,14 @@ class Runtime:
         outputs = output_tensors(output)
         custom: set[int] = set()
         for node in graph.custom_nodes(outputs, inputs):
-            custom |= call.packed_by(node)
+            custom |= set() if only_reads(node) else call.packed_by(node)
         program = recorder.finish(outputs, graph.fingerprint(outputs, inputs), custom)
         program.forward_seconds = max(started - call.started - program.record_seconds, 1e-9)
         self.recorded += 1
         self.record_seconds += time.perf_counter() - call.started
         if not self._is_cheap() or not any(entry.state.is_resized(program) for entry in block.entries.values()):
             block.recordings_in_a_row += 1
-        why = program.not_replayable
+        why = (self.whole and block.partitioned and WHOLE) or program.not_replayable
         if not why and block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
             why = UNSTEADY
         if why:
@@ -310,17 +311,17 @@ class Runtime:
         """Rule 13: descend, then fall back, else leave it plain."""
         block = call.block
         again = program.foreign == "DTensor" and not shards_inside(block.module)  # what a second run gathers is its own
-        safe = not program.writes and not program.python_random and (again or not program.foreign)
-        whole = why == UNSTEADY or (again and safe)  # the children's would change too; or show DTensors too
+        alike = why == WHOLE or not block.partitioned  # on all ranks, see NOTE [Partitioned parameters]
+        safe = not program.writes and not program.python_random and (again or not program.foreign) and alike
+        whole = why in (UNSTEADY, WHOLE) or (again and safe)  # the children's would change too; or show DTensors too
         children = [] if whole else replayable_children(block.module)
-        position = self.blocks.index(block)
         if children:
+            at = self.blocks.index(block) + 1
             block.mode, block.reason = "descent", why
             block.unhook()
             for offset, (name, child) in enumerate(children):
-                self.add_block(
-                    f"{block.name}.{name}" if block.name else name, child, parent=block.name, at=position + 1 + offset
-                )
+                own = f"{block.name}.{name}" if block.name else name
+                self.add_block(own, child, parent=block.name, at=at + offset)
         elif safe:
             block.mode, block.reason = "fallback", why
         else:

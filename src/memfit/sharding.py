@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from memfit.partitioned import engine_class
+
 Modules = Iterable["weakref.ref[torch.nn.Module]"]
 
 
@@ -78,9 +80,10 @@ def class_name(module: torch.nn.Module) -> str:
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside `DistributedDataParallel`, whose blocks are the same and bear the user's names."""
-    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
+    """The module inside `DistributedDataParallel` or DeepSpeed's engine: the same blocks, with the user's names."""
+    engine = engine_class()
+    while isinstance(model, torch.nn.parallel.DistributedDataParallel) or (engine and isinstance(model, engine)):
+        model = model.module  # type: ignore[assignment]
     return model
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from memfit.partitioned import engine_around, stepping
 from memfit.sharding import local, owned_parameters
 
 STATE_FACTORS = {"adamw": 2.0, "adam": 2.0, "sgd": 0.0, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0, "adafactor": 0.1}
@@ -26,6 +27,8 @@ class TrainingState:
         self._identities: set[int] = set()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._own: dict[int, bool] = {}
+        self._engine: Any = None
+        self._engine_steps = -1  # of DeepSpeed's, that have been counted
         self.look()
 
     def look(self) -> None:
@@ -33,6 +36,10 @@ class TrainingState:
         model = self._model()
         if model is None:
             return
+        self._engine = engine_around(model) or self._engine
+        if (stepped := stepping(self._engine)) is not None and stepped.state:
+            self._optimizers.add(stepped)  # DeepSpeed makes its state before the first step
+            self.born = True
         trainable = [p for p in owned_parameters(model) if p.requires_grad]
         if self._trainable and not all(p.is_leaf for p in trainable):
             return  # `functional_call` has put what it was given in their places, for this forward
@@ -45,10 +52,12 @@ class TrainingState:
         """An optimizer has stepped: its state is there."""
         self._optimizers.add(optimizer)
         self.born = True
+        self._engine_steps = getattr(self._engine, "global_steps", -1)
 
     def gradient_bytes(self) -> int:
         """What gradients take now."""
-        return sum(local(p.grad).untyped_storage().nbytes() for p in self._trainable if p.grad is not None)
+        grads = [local(p.grad) for p in self._trainable if p.grad is not None]
+        return sum(min(g.nbytes, g.untyped_storage().nbytes()) for g in grads)  # they may be views of one large bucket
 
     def state_bytes(self) -> int:
         """What the optimizers that have stepped hold on the device."""
@@ -66,15 +75,20 @@ class TrainingState:
 
     def reserved_bytes(self) -> int:
         """Optimizer state before the first step: of the optimizer that was named, else AdamW's."""
-        optimizer = self._named
+        engines = stepping(self._engine)
+        optimizer = engines if self._named is None and engines is not None else self._named
         name = "adamw" if optimizer is None else optimizer if isinstance(optimizer, str) else type(optimizer).__name__
         factor = STATE_FACTORS.get(name.lower(), 2.0)
         if isinstance(optimizer, torch.optim.SGD) and any(g.get("momentum") for g in optimizer.param_groups):
             factor = 1.0
+        if engines is not None:  # of this rank's part, in full precision
+            return int(factor * sum(p.nbytes for group in engines.param_groups for p in group["params"]))
         return int(factor * sum(local(p).numel() * p.element_size() for p in self._trainable))
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the optimizer steps any of the parameters."""
+        """Whether the optimizer steps any of the parameters; one that DeepSpeed calls for each of its groups, once."""
+        if self._engine is not None and optimizer is stepping(self._engine):
+            return bool(self._engine.global_steps != self._engine_steps)
         known = self._own.get(id(optimizer))
         if known is None:
             known = any(id(p) in self._identities for group in optimizer.param_groups for p in group["params"])

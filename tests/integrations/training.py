@@ -81,6 +81,12 @@ def rows(length=48):
     return found
 
 
+def batch_of_text(number, length=48):
+    """Two rows of tokens, all of one length."""
+    texts = [" ".join(TEXT[(number + row) % len(TEXT) :] + TEXT) * 9 for row in range(2)]
+    return torch.tensor([encode(text, length) for text in texts])
+
+
 def save_tokenizer(folder):
     """A tokenizer of words with the files that `from_pretrained` reads, made without a network."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -113,7 +113,8 @@ class Launcher:
         return catch
 
     def _note(self, catch: Catch, module: torch.nn.Module, switches: Switches) -> None:
-        catch.notes += switches.taken_over(type(module).__name__, decided=decides(self._options))
+        notes = switches.taken_over(type(module).__name__, decided=decides(self._options))
+        catch.notes += [note for note in notes if note not in catch.notes]  # some ask again before every update
 
     @property
     def is_waiting(self) -> bool:
@@ -267,7 +268,9 @@ def _own_handle(model: torch.nn.Module) -> Handle | None:
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside `DistributedDataParallel`, whose blocks are the same and whose name is not the user's."""
+    """The module inside `DistributedDataParallel` or DeepSpeed's engine, whose name is not the user's."""
+    from memfit.sharding import unwrapped
+
     while type(model).__name__ == "DistributedDataParallel":
         model = model.module  # type: ignore[assignment]
-    return model
+    return unwrapped(model)
