@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -30,6 +31,7 @@ from training import (
     history,
     llama,
     rows,
+    run_python,
     trainer_state,
     weights,
     written,
@@ -609,6 +611,46 @@ def test_the_model_is_fitted_before_it_is_wrapped(tmp_path):
     trainer.accelerator.prepare = watched
     trainer.train()
     assert (True, ["LlamaForCausalLM", "AdamW"]) in seen
+
+
+def test_a_model_that_the_trainer_compiles(tmp_path):
+    """`torch_compile=True`: compiled before it is fitted, so that the compiler obeys the plan; then as it was."""
+    compiling = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    plain = trained(tmp_path / "plain", **compiling)
+    callback = MemfitCallback(budget="min")
+    fitted = trained(tmp_path / "fitted", callback, **compiling)
+    assert history(fitted) == history(plain)
+    assert_same_weights(weights(fitted.model), weights(plain.model))
+    summary = callback.summary()
+    assert {block["mode"] for block in summary["blocks"]} == {"policy"}
+    assert summary["recomputed_bytes"] > 0
+    assert any("`torch_compile=True` was taken over" in note for note in summary["notes"])
+    assert fitted.model._compiled_call_impl is None
+    assert not any("forward" in vars(module) for module in fitted.model.modules())
+    assert fitted.accelerator.state.dynamo_plugin.backend.value == "AOT_EAGER"
+    assert_untouched(fitted.model)
+
+
+COMPILING = """
+import sys
+sys.path[:0] = [{tests!r}]
+from test_transformers import history, trained
+
+trainer = trained("output", torch_compile=True, torch_compile_backend="aot_eager")
+print(history(trainer))
+"""
+
+
+def test_a_script_whose_trainer_compiles(tmp_path):
+    (tmp_path / "train.py").write_text(COMPILING.format(tests=str(Path(__file__).parent)))
+    plain = run_python(tmp_path, "train.py")
+    options = ["--budget", "min", "--report", "report.json"]
+    fitted = run_python(tmp_path, "-m", "memfit", "run", *options, "--", "train.py")
+    assert fitted.returncode == 0, fitted.stderr[-3000:]
+    assert fitted.stdout.splitlines()[-1] == plain.stdout.splitlines()[-1]
+    summary = json.loads((tmp_path / "report.json").read_text())
+    assert {block["mode"] for block in summary["blocks"]} == {"policy"}
+    assert any("`torch_compile=True` was taken over" in note for note in summary["notes"])
 
 
 def test_the_example_runs_as_it_stands(tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memfit import fit
 from memfit.errors import UsageError
 from memfit.integrations.catches import Catch
+from memfit.integrations.compilers import CompiledInPlace
 from memfit.integrations.switches import Held, Switches, decides
 from memfit.units import parse_budget
 
@@ -40,6 +41,7 @@ class FittingCallback:
         self.plan: Plan | None = None
         self._catch: Catch | None = None
         self._held: Held | None = None
+        self._compiled: CompiledInPlace | None = None
         self._summary: tuple[dict[str, Any], str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class FittingCallback:
         Args:
             model: Not yet sharded or compiled.
             switches: What the trainer was told about checkpointing, if anything.
-            trainer: Whose own offloading is switched off.
+            trainer: Whose own offloading is switched off, and whose compiling is done in place.
             optimizer: What will step, or its name, if the user named none.
 
         Raises:
@@ -95,13 +97,16 @@ class FittingCallback:
         options = switches.options(self.options)
         if options.get("optimizer") is None:
             options["optimizer"] = optimizer
+        compiled = CompiledInPlace(model, trainer)
         try:
             self.handle = fit(model, **options)
         except BaseException:
+            compiled.restore()
             held.restore()
             raise
-        self._held = held
-        self._catch = Catch(self.handle, [*switches.notes(decided=decides(self.options)), *held.notes])
+        self._held, self._compiled = held, compiled
+        notes = [*switches.notes(decided=decides(self.options)), *held.notes, *compiled.notes]
+        self._catch = Catch(self.handle, notes)
 
     def end(self, error: BaseException | None = None) -> None:
         """Training is over, by an error perhaps: the model is what it was, the report stays.
@@ -111,10 +116,13 @@ class FittingCallback:
         catch, self._catch = self._catch, None
         handle, self.handle = self.handle, None
         held, self._held = self._held, None
+        compiled, self._compiled = self._compiled, None
         if catch is None or handle is None:
             return
         self._summary = catch.summary(), catch.report()
         self.plan = handle.plan
         handle.__exit__(None if error is None else type(error), error, None)
+        if compiled is not None:
+            compiled.restore()
         if held is not None:
             held.restore()

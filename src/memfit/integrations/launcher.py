@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from memfit.errors import ModelError
 from memfit.integrations import llamafactory
 from memfit.integrations.catches import Catch
+from memfit.integrations.compilers import CompiledInPlace
 from memfit.integrations.imports import ImportWatcher
 from memfit.integrations.switches import Held, Switches, check_sharding, decides
 
@@ -198,15 +199,18 @@ class Launcher:
         @functools.wraps(original)
         def loop(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             check_sharding(trainer.args, getattr(trainer, "accelerator", None))
+            compiled = CompiledInPlace(trainer.model, trainer)
             catch = self.fit(trainer.model, _BY_TRAINER)
             if catch is None:
+                compiled.restore()
                 return original(trainer, *args, **kwargs)
             held = Held(trainer.model, trainer)
-            catch.notes += held.notes
+            catch.notes += [*held.notes, *compiled.notes]
             try:
                 return original(trainer, *args, **kwargs)
             finally:
                 held.restore()
+                compiled.restore(model=False)  # it stays fitted, and compiled with the plan
 
         return loop
 
