@@ -1763,28 +1763,52 @@ def test_saved_tensor_hooks_forbidden() -> None:
     hold(lambda fit, seen: train(Stack(), fit, seen, forward=forward, must_drop=False))
 
 
-def test_checkpointing_of_the_user() -> None:
-    """A model that checkpoints its own blocks: recomputed once, not twice, and right."""
+def notes_of(model: nn.Module) -> list[str]:
+    """What the report says of three steps of a model."""
+    with memfit.fit(model, budget="min") as handle:
+        for i in range(3):
+            model(data(i).requires_grad_()).backward()
+        notes: list[str] = handle.summary()["notes"]
+        return notes
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_the_user(reentrant: bool) -> None:
+    """A model that checkpoints its own blocks: recomputed once, not twice, and right; the report says so."""
     from torch.utils.checkpoint import checkpoint
+
+    runs = 0
+
+    class Counted(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal runs
+            runs += 1
+            return super().forward(x)
 
     class Checkpointed(Stack):
         def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=reentrant)
             return self.head(x).tanh().square().mean()
 
     hold(lambda fit, seen: train(Checkpointed(), fit, seen, must_drop=False))
+    model = Checkpointed(Counted)
+    assert any("the model checkpoints its blocks itself" in note for note in notes_of(model))
+    assert runs == 3 * 2 * len(model.blocks)
 
 
-def test_checkpointing_inside_a_block() -> None:
-    """A block that checkpoints a part of itself."""
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_inside_a_block(reentrant: bool) -> None:
+    """A block that checkpoints a part of itself: left alone, and reported."""
     from torch.utils.checkpoint import checkpoint
 
     class Inner(Block):
         def forward(self, x: Tensor) -> Tensor:
-            return x + checkpoint(super().forward, x, use_reentrant=False)
+            return x + checkpoint(super().forward, x, use_reentrant=reentrant)
 
     hold(lambda fit, seen: train(Stack(Inner), fit, seen, must_drop=False))
+    assert any("checkpoints a part of itself" in note for note in notes_of(Stack(Inner)))
+    assert not any("checkpoint" in note for note in notes_of(Stack()))
 
 
 class Logging(TorchDispatchMode):

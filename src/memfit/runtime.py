@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from memfit import graph
+from memfit import checkpoints, graph
 from memfit.blocks import Block, replayable_children
 from memfit.calls import Call
 from memfit.canary import Turns
@@ -48,8 +48,7 @@ MAX_PROGRAMS_PER_BLOCK = 128
 UNSTEADY = "its program changes from call to call"
 MAX_PROGRAMS = 512  # of a model; beyond it those that no block remembers are forgotten
 MAX_RECORDINGS_IN_A_ROW = 32
-RECORDING_FORWARDS = 5
-"""What a recording costs, in forwards of the block."""
+RECORDING_FORWARDS = 5  # what a recording costs, in forwards of the block
 
 
 class Runtime:
@@ -279,6 +278,7 @@ class Runtime:
             custom |= set() if only_reads(node) else call.packed_by(node)
         program = recorder.finish(outputs, graph.fingerprint(outputs, inputs), custom)
         program.forward_seconds = max(started - call.started - program.record_seconds, 1e-9)
+        checkpoints.report(self.note, block.name, program.graph, seen=recorder.checkpoints)
         self.recorded += 1
         self.record_seconds += time.perf_counter() - call.started
         if not self._is_cheap() or not any(entry.state.is_resized(program) for entry in block.entries.values()):

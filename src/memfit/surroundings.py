@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch.autograd import forward_ad
 
+from memfit import checkpoints
+
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 _num_modes = torch._C._len_torch_dispatch_stack
@@ -28,7 +30,9 @@ def why_aside(block: torch.nn.Module, called: torch.nn.Module, tensors: Iterable
         if tensor.layout is not torch.strided or tensor.is_nested:
             return "sparse or nested tensors"
     if _top_hooks(True) is not None:
-        return "saved-tensor hooks of somebody else are active"
+        return checkpoints.WHOLE if checkpoints.is_inside() else "saved-tensor hooks of somebody else are active"
+    if checkpoints.runs_again():
+        return checkpoints.WHOLE
     if _num_modes() > 0:
         return "a torch dispatch mode is active"
     if _tracing_state() is not None:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit import ops
 from memfit.bits import same_bits
+from memfit.checkpoints import is_inside
 from memfit.costs import start_events
 from memfit.host import memory_ran_out
 from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
@@ -49,6 +50,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._nodes = Storages(self.program)
         self._tape = Tape(self.program, self._nodes)
         self.leaves = leaves
+        self.checkpoints = False  # whether the block calls torch's checkpoint itself
         self._owner = owner
         self._patches: list[tuple[str, Any]] = []
         self._events: list[tuple[Any, Any, int]] = []  # CUDA timing events
@@ -111,6 +113,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.is_stale():
             return func(*args, **kwargs)
         self._reads += 1
+        self.checkpoints = self.checkpoints or is_inside()
         try:
             frame = sys._getframe(1)
             return self._record(func, args, kwargs, (id(frame), frame.f_lasti))

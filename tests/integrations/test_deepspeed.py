@@ -576,13 +576,17 @@ def _log_probabilities(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
 
 
+AMPLE = 32 * 2**30
+"""A budget of bytes in which a critic can keep everything, while its actor keeps as little as can be."""
+
+
 def chat(stage: int, fit: bool) -> dict[str, Any]:
     """DeepSpeed-Chat's third step: generate, score, update the actor, update the critic."""
     deepspeed = start()
     actor, critic = llama(num_layers=2), RewardModel()
     handles = []
     engines = []
-    for model, fitting in ((actor, {"budget": "min"}), (critic, SMALLEST)):
+    for model, fitting in ((actor, {"budget": "min"}), (critic, {"budget": AMPLE} if stage == 2 else SMALLEST)):
         handles += [memfit.fit(model, **fitting)] if fit else []
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=list(model.parameters()), config=config(stage), dist_init_required=False
@@ -638,7 +642,11 @@ def test_an_actor_and_a_critic(stage, actor, others_on_two):
             assert len(summary["blocks"]) == 2
             assert summary["steps"] == 4
             assert any("own gradient checkpointing was taken over" in note for note in summary["notes"])
-        assert found["summaries"][1]["recomputed_bytes"] > 0
+        own, other = found["summaries"]
+        assert own["budget"] == "min"
+        assert own["recomputed_bytes"] > 0
+        assert other["budget_bytes"] == (AMPLE if stage == 2 else None)
+        assert (other["recomputed_bytes"] > 0) is (stage == 3)
 
 
 # Unmodified scripts, the Trainer, the example -----------------------------------------------------------------------
