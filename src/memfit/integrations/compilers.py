@@ -7,9 +7,10 @@ Compiled in place, with the same options, the plan is handed to the compiler (se
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class CompiledInPlace:
@@ -25,7 +26,9 @@ class CompiledInPlace:
         backend: Any = getattr(plugin, "backend", None)
         if getattr(backend, "value", "NO") == "NO" or getattr(plugin, "use_regional_compilation", False):
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
             return
         assert plugin is not None
         if getattr(model, "_compiled_call_impl", None) is None:
