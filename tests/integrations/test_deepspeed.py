@@ -11,8 +11,6 @@ import contextlib
 import gc
 import json
 import os
-import time
-import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -27,7 +25,7 @@ import memfit
 from memfit.decider import Decider
 from memfit.errors import InfeasibleBudgetError
 from memfit.solver.special import full_policy
-from ranks import Outcome, equal, run, values, whole
+from ranks import Outcome, equal, in_turn, run, values, whole
 from runs import report, tail
 from training import batch_of_text, llama
 
@@ -235,18 +233,7 @@ def compare(name: str) -> list[dict[str, Any]]:
 
 
 def play(names: list[str]) -> dict[str, Outcome]:
-    """Several scenarios in the same processes, which takes less than starting them for each."""
-    found = {}
-    for name in names:
-        began = time.monotonic()
-        outcome = found[name] = Outcome()
-        try:
-            outcome.value = SCENARIOS[name]()
-        except Exception as error:
-            outcome.error, outcome.trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-        outcome.seconds = time.monotonic() - began
-        print(f"{name}: {outcome.seconds:.1f} s {outcome.error}", flush=True)
-    return found
+    return in_turn(SCENARIOS, names)
 
 
 def played(names: list[str], ranks: int) -> Callable[[str], list[Any]]:

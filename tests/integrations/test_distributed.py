@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -32,24 +31,25 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import memfit
 import memfit.errors
 from memfit import ranks
-from ranks import CLASSES, DEADLINE_SECONDS, Outcome, equal, loss_of, make_batch, make_model, run, values, whole
+from ranks import (
+    CLASSES,
+    DEADLINE_SECONDS,
+    Outcome,
+    equal,
+    in_turn,
+    loss_of,
+    make_batch,
+    make_model,
+    run,
+    values,
+    whole,
+)
 
 STEPS = 5
 
 
 def play(names: list[str]) -> dict[str, Outcome]:
-    """Several scenarios in the same processes, which takes less than starting them for each."""
-    found = {}
-    for name in names:
-        began = time.monotonic()
-        outcome = found[name] = Outcome()
-        try:
-            outcome.value = SCENARIOS[name]()
-        except Exception as error:
-            outcome.error, outcome.trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-        outcome.seconds = time.monotonic() - began
-        print(f"{name}: {outcome.seconds:.1f} s {outcome.error}", flush=True)
-    return found
+    return in_turn(SCENARIOS, names)
 
 
 @pytest.fixture(scope="module")
