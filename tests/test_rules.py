@@ -912,7 +912,7 @@ def test_rule_10_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def programs() -> tuple[int, int, int]:
         with lengths(Stack(), range(2, 9)) as handle:
             held = handle.runtime
-            return max(len(block.entries) for block in held.blocks), len(held.states), len(handle._programs)
+            return max(len(block.entries) for block in held.blocks), len(held.states), len(handle._planning.programs)
 
     assert programs() == (7, 14, 14), "of each length, one program for the first block and one for the others"
     monkeypatch.setattr(runtime, "MAX_PROGRAMS_PER_BLOCK", 3)

@@ -99,6 +99,11 @@ def test_smaller_batches_follow_the_plan_of_the_larger(
     handle = check(build, [of_length(n, i) for i, n in enumerate(lengths)], **options)
     assert counts.profiled == 1
     assert {block["mode"] for block in handle.summary()["blocks"]} == {"replay"}
+    assert handle.summary()["recomputed_bytes"] > 0
+    assert all(block["saved_bytes"] is not None for block in handle.summary()["blocks"]), (
+        "of a step that was not planned"
+    )
+    assert "6 steps were of other shapes, and followed the plan of a larger one" in handle.summary()["notes"]
 
 
 def test_their_policies_keep_the_same_nodes() -> None:

@@ -30,14 +30,8 @@ def profile_program(
             nothing.
         demoted: Nodes that recipes were seen to bring back with other bits: they are kept, and that costs.
     """
-    saved_nodes = [s.value.node for s in program.saved]
-    counts = {n: saved_nodes.count(n) for n in set(saved_nodes)}
     measured = sum(op.seconds for op in program.ops)
     scale = min(1.0, program.forward_seconds / measured) if measured > 0 else 1.0
-    nodes = tuple(
-        _node(program, i, node, counts.get(i, 0), held=i in held, demoted=i in demoted)
-        for i, node in enumerate(program.nodes)
-    )
     costs = tuple(
         OpCost(
             name=str(op.func),
@@ -50,14 +44,24 @@ def profile_program(
     )
     return ProgramProfile(
         key=program.key,
-        nodes=nodes,
+        nodes=nodes_of(program, held=held, demoted=demoted),
         ops=costs,
-        saved=tuple(saved_nodes),
+        saved=tuple(s.value.node for s in program.saved),
         outputs=tuple(dict.fromkeys(value.node for value in program.outputs)),
         timeline=backward_timeline(program),
         forward_seconds=program.forward_seconds,
         backward_seconds=2.0 * program.forward_seconds,
         forward_bytes=program.peak_bytes,
+    )
+
+
+def nodes_of(program: Program, *, held: Set[int], demoted: Set[int]) -> tuple[Node, ...]:
+    """The values of a recording, and what keeping each costs. The arguments are those of `profile_program`."""
+    saved = [s.value.node for s in program.saved]
+    counts = {n: saved.count(n) for n in set(saved)}
+    return tuple(
+        _node(program, i, node, counts.get(i, 0), held=i in held, demoted=i in demoted)
+        for i, node in enumerate(program.nodes)
     )
 
 

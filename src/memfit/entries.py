@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from memfit.checks import Checks
+from memfit.costs import nodes_of
 from memfit.errors import MemfitError
 from memfit.plans import Policy
+from memfit.profiles import Node
 from memfit.programs import Leaf, Program, ProgramNode
 from memfit.replay import CompiledPolicy, compile_policy
 from memfit.shapes import Shape, shape_of
@@ -34,6 +36,7 @@ class ProgramState:
         self.held: frozenset[int] = frozenset()
         self._freed: set[int] = set()
         self._shape: tuple[int, Shape] | None = None
+        self._nodes: tuple[int, tuple[Node, ...]] | None = None
 
     @property
     def shape(self) -> Shape:
@@ -41,6 +44,13 @@ class ProgramState:
         if self._shape is None or self._shape[0] != self.version:
             self._shape = (self.version, shape_of(self.program, self.demoted))
         return self._shape[1]
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Its values, and what keeping each costs."""
+        if self._nodes is None or self._nodes[0] != self.version:
+            self._nodes = (self.version, nodes_of(self.program, held=self.held, demoted=self.demoted))
+        return self._nodes[1]
 
     def is_resized(self, program: Program) -> bool:
         """Whether ``program`` is this one with other sizes."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from memfit.holdings import Holdings, weight_bytes
 from memfit.host import memory_ran_out
 from memfit.memory import Meter
 from memfit.profiler import CallReading, Profiler
-from memfit.profiles import ProgramProfile, StepProfile
+from memfit.profiles import StepProfile
 from memfit.request import Request
 from memfit.runtime import Runtime
 from memfit.summaries import bytes_of, describe
@@ -45,7 +45,6 @@ class Exhaustion:
         runtime: Runtime,
         meter: Meter,
         training: TrainingState,
-        programs: Mapping[str, tuple[int, ProgramProfile]],
         blocks: Sequence[str],
         request: Request,
         budget: int | str | None,
@@ -56,7 +55,6 @@ class Exhaustion:
         self._runtime = runtime
         self._meter = meter
         self._training = training
-        self._programs = programs
         self._blocks = list(blocks)
         self._request = request
         self._budget = budget
@@ -224,7 +222,7 @@ class Exhaustion:
             readings = profiler.reading.calls
             gone = {i for i, call in enumerate(readings) if 0 <= call.backward_order < last}
         living = [describe(call) for i, call in enumerate(self._runtime.calls) if i not in gone]
-        return sum(bytes_of(call, self._programs)["saved_bytes"] or 0 for call in living)
+        return sum(bytes_of(call, self._runtime.states)["saved_bytes"] or 0 for call in living)
 
 
 def _is_explained(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ from memfit.planned import Planned
 from memfit.planning import Planning
 from memfit.plans import Plan, Policy
 from memfit.profiler import Profiler
-from memfit.profiles import ProgramProfile, StepProfile
+from memfit.profiles import StepProfile
 from memfit.ranks import Ranks
 from memfit.report.text import render
 from memfit.request import Request
@@ -66,7 +66,6 @@ class Handle:
         self._meter: Meter = meter(device)
         self._training = TrainingState(model, optimizer, device)
         self._fingerprint = fingerprint(model)
-        self._programs: dict[str, tuple[int, ProgramProfile]] = {}
         self._profiler: Profiler | None = None
         self._removed = False
         self._steps = 0
@@ -86,7 +85,7 @@ class Handle:
         self.runtime = Runtime(model, [] if self._measures_only else hooked)
         self.runtime.blocks += compiled
         self.runtime.keeper = Keeper(self._meter)
-        self._planned = Planned(self.runtime.keeper)
+        self._planned = Planned(self.runtime.keeper, request.plan)
         self._occasions = Occasions()
         self.runtime.choose = self._choose
         self.runtime.whole = budget == "min" or request.is_full
@@ -96,7 +95,7 @@ class Handle:
         self.runtime.defer = self.ranks.defer
         request.number(self._block_names)
         self.exhaustion = Exhaustion(
-            model, self.runtime, self._meter, self._training, self._programs, self._block_names, request, budget
+            model, self.runtime, self._meter, self._training, self._block_names, request, budget
         )
         decider = Decider(
             request,
@@ -116,7 +115,6 @@ class Handle:
             self._training,
             self._clock,
             self.ranks,
-            self._programs,
             budget=budget,
             decides=request.decides,
         )
@@ -311,12 +309,12 @@ class Handle:
         """The report as data that `json.dumps` takes: raw bytes and seconds, ``None`` where unknown."""
         self._read_open_peak()
         plan = self.plan
-        blocks = block_rows(self._last_calls, self.runtime.blocks, self._programs)
+        blocks = block_rows(self._last_calls, self.runtime.blocks, self.runtime.states)
         saved = sum(row["saved_bytes"] or 0 for row in blocks)
         recomputed = sum(row["recomputed_bytes"] or 0 for row in blocks)
         if self._measures_only:
             blocks = [unplanned_row(name) for name in self._block_names]
-        stories = self.ranks.story, self.exhaustion.story
+        stories = self.ranks.story, self._planned.story, self.exhaustion.story
         plain_peak = self._measured if self._measures_only else None
         if plan is not None:
             plain_peak = plan.plain_peak_bytes

@@ -14,7 +14,7 @@ import torch
 from memfit.entries import ProgramState
 from memfit.fitted import Fitted
 from memfit.keeper import NO_LIMITS, Keeper
-from memfit.plans import Policy
+from memfit.plans import Plan, Policy
 
 MAX_SEQUENCES = 64
 MAX_COSTS = 4096
@@ -33,14 +33,16 @@ class Planned:
         planning_seconds: What the last plan took to make.
     """
 
-    def __init__(self, keeper: Keeper) -> None:
-        """None yet."""
+    def __init__(self, keeper: Keeper, given: Plan | None = None) -> None:
+        """None yet; what a ``given`` plan knows follows no other."""
         self._keeper = keeper
+        self._given = {(call.name, call.program) for call in given.calls} if given is not None else set()
         self._plans: dict[Sequence, Fitted] = {}
         self._costs: dict[Sequence, float] = {}
         self.active: Fitted | None = None
         self.unplanned = self.covered = False
         self.planning_seconds = 0.0
+        self._num_covered = 0
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -70,7 +72,10 @@ class Planned:
     def finish(self, sequence: Sequence, states: Mapping[str, ProgramState]) -> Fitted | None:
         """A step is over. The plan it followed, if such steps should from now on have one of their own."""
         active = self.active
-        if active is None or self.unplanned or not self.covered or sequence in self._plans:
+        if active is None or self.unplanned or not self.covered:
+            return None
+        self._num_covered += 1
+        if sequence in self._plans:
             return None
         share = active.share(sequence, states)
         cost = self._costs.get(sequence, 0.0) + active.plan.recompute_seconds * share
@@ -81,6 +86,12 @@ class Planned:
             return None
         del self._costs[sequence]
         return active
+
+    @property
+    def story(self) -> str:
+        """For the report: how many steps had no plan of their own; "" where all had."""
+        steps = "1 step was" if self._num_covered == 1 else f"{self._num_covered} steps were"
+        return f"{steps} of other shapes, and followed the plan of a larger one" if self._num_covered else ""
 
     @property
     def largest(self) -> Fitted:
@@ -95,7 +106,7 @@ class Planned:
             return None
         active = self.active
         if active is not None:
-            policy = active.policy_of(state, index, name, smaller=self.covered)
+            policy = active.policy_of(state, index, name, smaller=self.covered and self._may_follow(state, name))
             if policy is not None:
                 return policy
         found = self._find(state, index, name)
@@ -113,12 +124,17 @@ class Planned:
 
     def knows(self, state: ProgramState, name: str) -> bool:
         """Whether a step that begins with this call has a plan."""
-        return any(fitted.policy_of(state, 0, name, smaller=True) is not None for _, fitted in self)
+        smaller = self._may_follow(state, name)
+        return any(fitted.policy_of(state, 0, name, smaller=smaller) is not None for _, fitted in self)
 
     def takes(self, tensors: list[torch.Tensor], name: str) -> bool:
         """Whether a step that begins with a call of these arguments is likely to have one."""
         given = [tuple(tensor.shape) for tensor in tensors]
         return any(fitted.takes(given, name) for _, fitted in self)
+
+    def _may_follow(self, state: ProgramState, name: str) -> bool:
+        """Whether this call may follow a plan made for a larger one."""
+        return (name, state.key) not in self._given
 
     def _find(self, state: ProgramState, index: int, name: str) -> tuple[Fitted, Policy] | None:
         """The plan for just this, else that for the smallest of what is larger."""
@@ -127,6 +143,8 @@ class Planned:
             if policy is not None:
                 self._plans[sequence] = self._plans.pop(sequence)
                 return fitted, policy
+        if not self._may_follow(state, name):
+            return None
         best: tuple[Sequence, Fitted, Policy] | None = None
         for sequence, fitted in self:
             policy = fitted.policy_of(state, index, name, smaller=True)

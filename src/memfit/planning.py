@@ -29,6 +29,7 @@ class Planning:
 
     Attributes:
         plan: Of the largest step that was profiled.
+        programs: What each program costs, by its key, and the version of it for which that holds.
         pending: What the last step showed, if it was profiled, and its block calls.
         larger: A plan, and the calls of smaller steps that follow it and should have one of their own.
     """
@@ -43,7 +44,6 @@ class Planning:
         training: TrainingState,
         clock: StepClock,
         ranks: Ranks,
-        programs: dict[str, tuple[int, ProgramProfile]],
         *,
         budget: int | Literal["min"] | None,
         decides: bool,
@@ -60,18 +60,18 @@ class Planning:
         self._training = training
         self._clock = clock
         self._ranks = ranks
-        self._programs = programs
+        self.programs: dict[str, tuple[int, ProgramProfile]] = {}
         self._budget = budget
         self._decides = decides
 
     def profile(self, state: ProgramState) -> ProgramProfile:
         """What a program costs, as it is known now."""
-        known = self._programs.get(state.key)
+        known = self.programs.get(state.key)
         if known is None or known[0] != state.version:
             known = (state.version, profile_program(state.program, held=state.held, demoted=state.demoted))
-            for key in self._programs.keys() - self._runtime.states.keys():
-                del self._programs[key]
-            self._programs[state.key] = known
+            for key in self.programs.keys() - self._runtime.states.keys():
+                del self.programs[key]
+            self.programs[state.key] = known
         return known[1]
 
     def settle(self) -> None:

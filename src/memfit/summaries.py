@@ -8,19 +8,19 @@ from typing import Any
 from memfit.blocks import Block
 from memfit.calls import Call
 from memfit.compiled import compiled_notes
+from memfit.entries import ProgramState
 from memfit.patches import patch_notes
-from memfit.profiles import ProgramProfile
 from memfit.runtime import Runtime
 
 
 def block_rows(
-    calls: Iterable[dict[str, Any]], blocks: Iterable[Block], programs: Mapping[str, tuple[int, ProgramProfile]]
+    calls: Iterable[dict[str, Any]], blocks: Iterable[Block], states: Mapping[str, ProgramState]
 ) -> list[dict[str, Any]]:
     """What happened to each block: in ``calls``, as `describe` has it, and to those that are not called themselves."""
     rows: list[dict[str, Any]] = []
     for call in calls:
         row = {key: call[key] for key in ("name", "mode", "reason", "parent")}
-        row.update(bytes_of(call, programs))
+        row.update(bytes_of(call, states))
         rows.append(row)
     called = {row["name"] for row in rows}
     for block in blocks:
@@ -60,15 +60,15 @@ def describe(call: Call) -> dict[str, Any]:
     }
 
 
-def bytes_of(call: dict[str, Any], programs: Mapping[str, tuple[int, ProgramProfile]]) -> dict[str, int | None]:
+def bytes_of(call: dict[str, Any], states: Mapping[str, ProgramState]) -> dict[str, int | None]:
     """What became of the saved bytes of a described call; ``None`` where unknown."""
-    known = programs.get(call["program"])
+    known = states.get(call["program"])
     policy = call["policy"]
     if known is None or policy is None:
         return {"saved_bytes": None, "recomputed_bytes": None, "offloaded_bytes": 0}
-    nodes = known[1].nodes
+    nodes = known.nodes
     kept = set(policy.kept) | set(policy.narrowed)
-    saved = set(known[1].saved)
+    saved = {saved.value.node for saved in known.program.saved}
     here = sum((nodes[n].narrow_bytes if n in policy.narrowed else nodes[n].keep_bytes) or 0 for n in kept)
     gone = sum(nodes[n].keep_bytes or 0 for n in saved - kept)
     gone += sum((nodes[n].keep_bytes or 0) - (nodes[n].narrow_bytes or 0) for n in policy.narrowed)
