@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import memfit
 from faults import SMALLEST, WIDTH, Block, Stack, data
 from gradients import assert_bitwise_equal, copies, seed
 from memfit import host, planning
+from memfit.keeper import Keeper
 from memfit.occasions import MAX_WAIT, Occasions
+from memfit.planned import Planned
 from memfit.profiler import Profiler
 from memfit.shapes import Shape
 from memfit.solver import solve
@@ -268,6 +271,18 @@ def test_a_smaller_step_gets_a_plan_of_its_own() -> None:
         assert handle.plan.recomputed_bytes > 0, "the report shows the larger"
         of_rows(rows, 7)(model).backward()
         assert handle._planned.active.plan == handle.plan
+
+
+def test_only_profiled_plans_count_as_the_largest() -> None:
+    """The larger ones may have been forgotten."""
+    planned = Planned(Keeper())
+    for number, (size, derived) in enumerate([(5, True), (3, False), (4, False)]):
+        planned.add(((str(number), ""),), cast(Any, SimpleNamespace(size=size, derived=derived)))
+    assert planned.largest is not None
+    assert planned.largest.size == 4
+    planned.drop((("1", ""),))
+    planned.drop((("2", ""),))
+    assert planned.largest is None
 
 
 # What covers what -----------------------------------------------------------------------------------------------------

@@ -94,9 +94,10 @@ class Planned:
         return f"{steps} of other shapes, and followed the plan of a larger one" if self._num_covered else ""
 
     @property
-    def largest(self) -> Fitted:
-        """The plan for the largest step that was profiled."""
-        return max((fitted for fitted in self._plans.values() if not fitted.derived), key=lambda fitted: fitted.size)
+    def largest(self) -> Fitted | None:
+        """The plan for the largest step that was profiled, if one is remembered."""
+        profiled = [fitted for fitted in self._plans.values() if not fitted.derived]
+        return max(profiled, key=lambda fitted: fitted.size, default=None)
 
     # Which plan
 

@@ -162,4 +162,6 @@ class Planning:
         states = self._runtime.states
         fitted = Fitted(plan, raw, indices, profiler, profile, reserved, limit, states, derived=derived)
         self._planned.add(sequence, fitted)
-        self.plan = self._planned.largest.plan
+        largest = self._planned.largest
+        if largest is not None:
+            self.plan = largest.plan
