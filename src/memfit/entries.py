@@ -142,6 +142,18 @@ class Entry:
         self.record_again = False
 
 
+def state_of(states: dict[str, ProgramState], program: Program) -> ProgramState:
+    """What is known of a program that was just recorded.
+
+    Keys do not name a device's number, since each rank has one of its own; recipes do. So a program that ran on another
+    device than the one that is known begins anew; whoever runs that one keeps it.
+    """
+    known = states.get(program.key)
+    if known is None or [n.device for n in known.program.nodes] != [n.device for n in program.nodes]:
+        known = states[program.key] = ProgramState(program)
+    return known
+
+
 def recorded_alike(block: Block, blocks: Iterable[Block], signature: Any) -> Entry | None:
     """What ``signature`` is for a block of the same class that was recorded equal to ``block`` before (rule 10)."""
     if not block.entries:

@@ -47,9 +47,6 @@ class Planned:
     def __len__(self) -> int:
         return len(self._plans)
 
-    def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._plans
-
     def __iter__(self) -> Iterator[tuple[Sequence, Fitted]]:
         return iter(list(self._plans.items()))
 

@@ -22,7 +22,7 @@ from memfit import checkpoints, graph
 from memfit.blocks import Block, replayable_children
 from memfit.calls import Call
 from memfit.canary import Turns
-from memfit.entries import Entry, ProgramState, recorded_alike
+from memfit.entries import Entry, ProgramState, recorded_alike, state_of
 from memfit.errors import RecomputeError
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
@@ -289,7 +289,7 @@ class Runtime:
         if why:
             self._not_replayable(call, program, why)
             return
-        state = self.states.setdefault(program.key, ProgramState(program))
+        state = state_of(self.states, program)
         state.add_time(program)
         entry = Entry(state)
         block.compare_fields(call.signature, entry)

@@ -97,7 +97,7 @@ class FittingCallback:
         options = switches.options(self.options)
         if options.get("optimizer") is None:
             options["optimizer"] = optimizer
-        compiled = CompiledInPlace(model, trainer)
+        compiled = CompiledInPlace(model, trainer, decided=decides(options))
         try:
             self.handle = fit(model, **options)
         except BaseException:

@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 class CompiledInPlace:
     """The model of a Trainer that was told to compile it, until `restore`; of others nothing is changed."""
 
-    def __init__(self, model: torch.nn.Module, trainer: Any) -> None:
-        """Compile it, and have accelerate leave it alone. In one process: elsewhere plans are not handed over."""
+    def __init__(self, model: torch.nn.Module, trainer: Any, *, decided: bool) -> None:
+        """Compile it, and have accelerate leave it alone, where a plan can be handed over.
+
+        That is where options of `fit` have ``decided`` that there will be one, and in one process.
+        """
         self._plugin: Any = None
         self._model: weakref.ref[torch.nn.Module] | None = None
         self.notes: list[str] = []
         state = getattr(getattr(trainer, "accelerator", None), "state", None)
         plugin = getattr(state, "dynamo_plugin", None)
         backend: Any = getattr(plugin, "backend", None)
-        if getattr(backend, "value", "NO") == "NO" or getattr(plugin, "use_regional_compilation", False):
+        if not decided or getattr(backend, "value", "NO") == "NO" or getattr(plugin, "use_regional_compilation", False):
             return
         from torch import distributed
 

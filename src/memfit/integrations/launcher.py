@@ -199,7 +199,7 @@ class Launcher:
         @functools.wraps(original)
         def loop(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             check_sharding(trainer.args, getattr(trainer, "accelerator", None))
-            compiled = CompiledInPlace(trainer.model, trainer)
+            compiled = CompiledInPlace(trainer.model, trainer, decided=decides(self._options))
             catch = self.fit(trainer.model, _BY_TRAINER)
             if catch is None:
                 compiled.restore()
