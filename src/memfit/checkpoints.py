@@ -1,4 +1,4 @@
-"""`torch.utils.checkpoint` that a model calls by itself: it is left alone, and the report says so.
+"""`torch.utils.checkpoint`, or DeepSpeed's non-reentrant one, called by a model itself: left alone, and reported.
 
 What the model's switch does (`gradient_checkpointing_enable()`) is another matter: that is taken over (`modes`).
 """
@@ -11,16 +11,31 @@ from types import FrameType
 
 import torch
 
-WHOLE = "the model checkpoints its blocks itself (`torch.utils.checkpoint`); remove that, and they are planned for"
+_WHOLE = "the model checkpoints its blocks itself (`{}`); remove that, and they are planned for"
 _MODULE = "torch.utils.checkpoint"
+_NAMES = {
+    _MODULE: _MODULE,
+    "deepspeed.runtime.activation_checkpointing.checkpointing": "deepspeed.checkpointing.non_reentrant_checkpoint",
+}
 _NODE = "CheckpointFunctionBackward"
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def is_inside() -> bool:
-    """Whether a forward that will run again, as the non-reentrant kind has it, is under way."""
+def _around() -> str:
+    """The name of what will run this forward again, as non-reentrant kinds have it under way; or ""."""
     top = _top_hooks(True)
-    return top is not None and getattr(top[0], "__module__", "") == _MODULE
+    return _NAMES.get(getattr(top[0], "__module__", ""), "") if top is not None else ""
+
+
+def is_inside() -> bool:
+    """Whether a forward that will run again, as a non-reentrant kind has it, is under way."""
+    return _around() != ""
+
+
+def reason() -> str:
+    """Why nothing can be planned for in here; "" where nothing checkpoints."""
+    name = _around() or (runs_again() and _MODULE)
+    return _WHOLE.format(name) if name else ""
 
 
 def runs_again() -> bool:

@@ -29,10 +29,10 @@ def why_aside(block: torch.nn.Module, called: torch.nn.Module, tensors: Iterable
     for tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_nested:
             return "sparse or nested tensors"
+    if checkpointed := checkpoints.reason():
+        return checkpointed
     if _top_hooks(True) is not None:
-        return checkpoints.WHOLE if checkpoints.is_inside() else "saved-tensor hooks of somebody else are active"
-    if checkpoints.runs_again():
-        return checkpoints.WHOLE
+        return "saved-tensor hooks of somebody else are active"
     if _num_modes() > 0:
         return "a torch dispatch mode is active"
     if _tracing_state() is not None:

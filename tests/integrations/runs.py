@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+STARTUP = Path(__file__).parent / "startup"
+"""What every process of a run imports first."""
 TIMEOUT = 240
 """Seconds; below the limit of a test, so that it is the run that is stopped, with all it has started."""
 
@@ -47,12 +49,14 @@ class Runs:
         fixed = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         fixed["PYTHONFAULTHANDLER"] = "1"
         caches = {"HF_HOME": str(self.folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+        given = {**inherited, **fixed, **caches, **environment}
+        given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STARTUP), given.get("PYTHONPATH")]))
         log = self.folder / "output.txt"
         with log.open("w+b") as file:
             process = subprocess.Popen(
                 [*map(str, words)],
                 cwd=self.folder,
-                env={**inherited, **fixed, **caches, **environment},
+                env=given,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

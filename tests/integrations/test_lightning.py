@@ -18,7 +18,17 @@ pytest.importorskip("lightning")
 pytest.importorskip("pytorch_lightning")
 
 from memfit.errors import UsageError
-from training import assert_planned, assert_same_weights, assert_untouched, bert, llama, rows, weights
+from training import (
+    LivePeak,
+    assert_less_is_alive,
+    assert_planned,
+    assert_same_weights,
+    assert_untouched,
+    bert,
+    llama,
+    rows,
+    weights,
+)
 
 NAMES = ["lightning.pytorch", "pytorch_lightning"]
 
@@ -92,9 +102,19 @@ def trained(pl, folder, callback=None, module=None, max_steps=5, **changes):
         "enable_model_summary": False,
     }
     module = module or module_class(pl)(llama())
-    trainer = pl.Trainer(
-        max_steps=max_steps, callbacks=[callback] if callback is not None else [], **{**options, **changes}
-    )
+
+    class Meter(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == max_steps - 1:
+                trainer.live_peak.start()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if trainer.global_step == max_steps:
+                trainer.live_peak.stop()
+
+    callbacks = [Meter(), *([callback] if callback is not None else [])]
+    trainer = pl.Trainer(max_steps=max_steps, callbacks=callbacks, **{**options, **changes})
+    trainer.live_peak = LivePeak()
     torch.manual_seed(5)
     trainer.fit(
         module,
@@ -105,9 +125,10 @@ def trained(pl, folder, callback=None, module=None, max_steps=5, **changes):
 
 
 def test_losses_and_weights_are_the_same(pl, callback_class, tmp_path):
-    _, plain = trained(pl, tmp_path)
+    usual, plain = trained(pl, tmp_path)
     callback = callback_class(budget="min")
-    _, fitted = trained(pl, tmp_path, callback)
+    trainer, fitted = trained(pl, tmp_path, callback)
+    assert_less_is_alive(trainer, usual)
     assert len(plain.losses) == 5
     assert fitted.losses == plain.losses
     assert fitted.evaluated == plain.evaluated

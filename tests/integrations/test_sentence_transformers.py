@@ -28,12 +28,14 @@ from runs import report, tail
 from training import (
     TEXT,
     assert_example_runs,
+    assert_less_is_alive,
     assert_planned,
     assert_same_weights,
     assert_script_is_fitted,
     assert_untouched,
     bert,
     history,
+    metered,
     save_tokenizer,
     weights,
     written,
@@ -129,7 +131,7 @@ def trained(kinds, folder, model, loss, data, callback=None, **changes):
         loss=loss(model),
         callbacks=[callback] if callback is not None else [],
     )
-    trainer.train()
+    metered(trainer).train()
     return trainer
 
 
@@ -141,6 +143,7 @@ def assert_the_same(plain, fitted, callback):
     assert len(history(plain, "eval_loss")) == 3
     assert_same_weights(weights(fitted.model), weights(plain.model))
     assert_planned(callback.summary())
+    assert_less_is_alive(fitted, plain)
     assert_untouched(fitted.model)
     assert history(fitted, "memfit/predicted_peak_bytes")
 

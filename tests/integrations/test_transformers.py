@@ -25,11 +25,13 @@ from memfit.errors import BudgetError, InfeasibleBudgetError, ModelError, UsageE
 from memfit.integrations.transformers import MemfitCallback
 from training import (
     assert_example_runs,
+    assert_less_is_alive,
     assert_planned,
     assert_same_weights,
     assert_untouched,
     history,
     llama,
+    metered,
     rows,
     run_python,
     trainer_state,
@@ -69,7 +71,7 @@ def trained(folder, callback=None, model=None, data=None, **changes):
         eval_dataset=data[:4],
         callbacks=[callback] if callback is not None else None,
     )
-    trainer.train()
+    metered(trainer).train()
     return trainer
 
 
@@ -95,6 +97,7 @@ def test_losses_and_weights_are_the_same(tmp_path):
     assert quiet(fitted) == quiet(plain)
     assert_same_weights(weights(fitted.model), weights(plain.model))
     assert_planned(callback.summary())
+    assert_less_is_alive(fitted, plain)
     assert callback.report().startswith("peak ")
     assert callback.plan.predicted_peak_bytes == callback.summary()["predicted_peak_bytes"]
     assert callback.handle is None
@@ -124,6 +127,7 @@ def test_a_budget_in_the_middle(tmp_path):
     summary = callback.summary()
     assert_planned(summary)
     assert summary["saved_bytes"] > 0
+    assert_less_is_alive(fitted, plain)
     assert summary["predicted_peak_bytes"] <= summary["budget_bytes"]
 
 

@@ -15,7 +15,18 @@ from transformers import Trainer, TrainingArguments
 import memfit
 from memfit.errors import RecomputeError
 from memfit.integrations.transformers import MemfitCallback
-from training import assert_planned, assert_same_weights, assert_untouched, history, llama, rows, weights, written
+from training import (
+    assert_less_is_alive,
+    assert_planned,
+    assert_same_weights,
+    assert_untouched,
+    history,
+    llama,
+    metered,
+    rows,
+    weights,
+    written,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`gradient_checkpointing.*deprecated.*:FutureWarning"),
@@ -88,7 +99,7 @@ def trained(folder, model, callback=None, **changes):
         **{**options, **changes},
     )
     trainer = Trainer(model, arguments, train_dataset=rows(), callbacks=[callback] if callback is not None else [])
-    trainer.train()
+    metered(trainer).train()
     return trainer
 
 
@@ -102,6 +113,10 @@ def test_losses_and_weights_are_the_same(tmp_path, name):
     assert history(fitted, "grad_norm") == history(plain, "grad_norm")
     assert_same_weights(weights(fitted.model), weights(plain.model))
     assert_planned(callback.summary())
+    # This one checkpoints its layers by itself in the plain run.
+    assert_less_is_alive(
+        fitted, trained(tmp_path / "kept", lora()) if MODELS[name] is upcast_and_checkpointed else plain
+    )
     assert_untouched(fitted.model)
 
 

@@ -25,12 +25,14 @@ from memfit.integrations.transformers import MemfitCallback
 from training import (
     TEXT,
     assert_example_runs,
+    assert_less_is_alive,
     assert_planned,
     assert_same_weights,
     assert_script_is_fitted,
     assert_untouched,
     history,
     llama,
+    metered,
     save_tokenizer,
     weights,
 )
@@ -124,7 +126,7 @@ def trained(name, folder, tokenizer, callback=None, *, peft=None, **changes):
         peft_config=peft,
         **extra,
     )
-    trainer.train()
+    metered(trainer).train()
     return trainer
 
 
@@ -147,6 +149,7 @@ def assert_the_same(plain, fitted, callback):
     assert str(comparable(fitted)) == str(comparable(plain))  # NaN equals NaN here
     assert_same_weights(weights(fitted.model), weights(plain.model))
     assert_planned(callback.summary())
+    assert_less_is_alive(fitted, plain)
     assert_untouched(fitted.model)
     assert history(fitted, "memfit/overhead")
 
