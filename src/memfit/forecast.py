@@ -26,7 +26,8 @@ from memfit.simulation import tasks
 from memfit.simulation.fakes import fake_batch, fake_tensors, twin
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
-from memfit.simulation.rehearsal import Rehearsal, Rehearsed
+from memfit.simulation.rehearsal import Rehearsal
+from memfit.simulation.results import Rehearsed
 from memfit.simulation.target import CudaKernels
 from memfit.solver.peak import simulate as simulate_plan
 from memfit.solver.planner import solve, switched
@@ -149,11 +150,12 @@ class Forecast:
     def _rehearse(self, job: tasks.Job) -> Rehearsed:
         """The step with the kernels and at the rates of the device; blocks that cannot be replayed are split."""
         blocks = find_blocks(job.model)
+        doubles = True
         while True:
             ledger = Ledger(_rates(self._entry))
             kernels = CudaKernels() if self._entry.backend == "cuda" else contextlib.nullcontext()
             try:
-                with Rehearsal(job.model, blocks, ledger) as rehearsal, ledger, kernels:
+                with Rehearsal(job.model, blocks, ledger, doubles=doubles) as rehearsal, ledger, kernels:
                     found = rehearsal.run(job.batch, job.loss, self._optimizer, resident=self._accumulate > 1)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise ModelError(
@@ -162,6 +164,9 @@ class Forecast:
                 ) from error
             for parameter in job.model.parameters():
                 parameter.grad = None
+            if rehearsal.differs:
+                doubles = False
+                continue
             if not rehearsal.not_replayable:
                 return found
             blocks = [part for block in blocks for part in _split(block, rehearsal.not_replayable)]

@@ -7,8 +7,8 @@ any subtraction; and whatever of a block is still alive when the backward begins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,107 +16,57 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit import graph
-from memfit.costs import profile_program
 from memfit.errors import ModelError
-from memfit.links import input_node
-from memfit.profiler import CallReading, Now, Reading, step_profile
-from memfit.profiles import Link, ProgramProfile, StepProfile
-from memfit.programs import Leaf, Program, Value
+from memfit.profiler import Now, Reading, step_profile
+from memfit.programs import Leaf
 from memfit.signature import output_tensors, parameter_slots, read_arguments
+from memfit.simulation.call import Call, Parked
+from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.recording import FakeRecorder
+from memfit.simulation.results import Rehearsed, gradients_at_events, profiles, read, spans
 from memfit.training import TrainingState
 
-Loss = Callable[[Any, Any], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class _Parked:
-    """What autograd would have saved: its geometry; the tensor itself if it is a parameter."""
-
-    call: _Call
-    index: int
-    value: Value
-    device: torch.device
-    tensor: torch.Tensor | None
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """One block call."""
-
-    name: str
-    index: int
-    tensors: list[torch.Tensor] = field(default_factory=list)
-    outputs: list[tuple[int, StorageWeakRef]] = field(default_factory=list)
-    recorder: FakeRecorder | None = None
-    hooks: Any = None
-    program: Program | None = None
-    op_flops: list[float] = field(default_factory=list)
-    input: tuple[int, int] | None = None
-    """Which argument is which output of the call before."""
-    forward_start: int = 0
-    forward_seconds: float = 0.0
-    backward_start: int | None = None
-    backward_began: float = 0.0
-    backward_order: int = -1
-    gradients: int = 0
-    made: dict[int, StorageWeakRef] = field(default_factory=dict)
-    alive: set[int] = field(default_factory=set)
-    input_alive: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearsed:
-    """What a step showed.
-
-    Attributes:
-        profile: The solver's input.
-        op_flops: Of each op of each program.
-        parameter_bytes, gradient_bytes, state_bytes: Of the model, and of its optimizer once that has stepped.
-        buffer_bytes: Of the model's buffers and of the batch.
-        loss_bytes: What the loss and the head add at their highest to what is there when the last block has ended.
-        optimizer_bytes: What the optimizer's step adds to what it finds.
-        forward_flops, backward_flops: Of one micro-batch, nothing recomputed.
-        step_seconds: Of the step that recomputes nothing.
-        optimizer_seconds: Of which the optimizer's step.
-        looked_at_values: Whether the model asked for values.
-        notes: What could not be planned for, and why.
-        gradients: At each event of the profile.
-    """
-
-    profile: StepProfile
-    op_flops: dict[str, list[float]]
-    parameter_bytes: int
-    buffer_bytes: int
-    gradient_bytes: int
-    state_bytes: int
-    loss_bytes: int
-    optimizer_bytes: int
-    forward_flops: float
-    backward_flops: float
-    step_seconds: float
-    optimizer_seconds: float
-    looked_at_values: bool
-    notes: tuple[str, ...]
-    gradients: tuple[int, ...]
+_RECORDED = 2
+"""Calls that are recorded before others are passed over for them; the last block of a kind always is."""
 
 
 class Rehearsal:
     """Hooks on the blocks of a model of fake tensors, for one step."""
 
-    def __init__(self, model: torch.nn.Module, blocks: list[tuple[str, torch.nn.Module]], ledger: Ledger) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        blocks: list[tuple[str, torch.nn.Module]],
+        ledger: Ledger,
+        *,
+        doubles: bool = True,
+    ) -> None:
+        """Put them there.
+
+        Args:
+            model: On fake tensors.
+            blocks: From `find_blocks`.
+            ledger: Sees what the step does.
+            doubles: Whether blocks that are as others are passed over (see `doubles`).
+        """
         self._model = model
         self._ledger = ledger
-        self._calls: list[_Call] = []
-        self._stack: list[_Call] = []
+        self._calls: list[Call] = []
+        self._stack: list[Call] = []
         self._slots = {name: parameter_slots(module) for name, module in blocks}
         self._num_backward = 0
         self._loss_peak = 0
         self._states: TrainingState | None = None
         self._notes: dict[str, None] = {}
+        self._templates: dict[Hashable, list[Template]] = {}
+        self._kinds = {name: kind_of(module) for name, module in blocks} if doubles else {}
+        self._last = {kind: name for name, kind in self._kinds.items()}  # of each kind: it is always recorded
+        self._trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in blocks}
+        self._modules = dict(blocks)
         self._hooks = []
         for name, module in blocks:
+            module.forward = partial(self._forward, name, module.forward)
             self._hooks.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._after, with_kwargs=True))
 
@@ -126,11 +76,18 @@ class Rehearsal:
     def __exit__(self, *exc: object) -> None:
         while self._stack:  # the forward failed
             call = self._stack.pop()
-            assert call.recorder is not None
-            call.recorder.__exit__(None, None, None)
-            call.hooks.__exit__(None, None, None)
+            if call.recorder is not None:
+                call.recorder.__exit__(None, None, None)
+                call.hooks.__exit__(None, None, None)
+        for module in self._modules.values():
+            del module.forward
         for hook in self._hooks:
             hook.remove()
+
+    @property
+    def differs(self) -> bool:
+        """Whether a block ran another program than those that seemed equal to it: then none may be passed over."""
+        return any(len({each.program.key for each in known}) > 1 for known in self._templates.values())
 
     @property
     def not_replayable(self) -> set[str]:
@@ -143,22 +100,43 @@ class Rehearsal:
         def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._stack or not torch.is_grad_enabled():
                 return
-            tensors, _, _ = read_arguments(args, kwargs, objects=False)
-            call = _Call(name, len(self._calls), tensors)
+            tensors, rest, _ = read_arguments(args, kwargs, objects=False)
+            call = Call(name, len(self._calls), tensors)
             call.input = self._linked(tensors)
+            call.forward_start = self._ledger.now
+            call.forward_seconds, call.forward_flops = self._ledger.seconds, self._ledger.flops
+            self._calls.append(call)
+            self._stack.append(call)
+            if name in self._kinds:
+                call.key = key_of(self._kinds[name], tensors, rest)
+                call.template = self._equal(call)
+            if call.template is not None:
+                return
             leaves = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(tensors)]
             for (owner, parameter), (kind, dictionary) in self._slots[name].items():
                 leaves.append((Leaf(kind, -1, owner, parameter), dictionary[parameter]))
-            call.forward_start = self._ledger.now
-            call.forward_seconds = self._ledger.seconds
             call.recorder = FakeRecorder(leaves, self._ledger)
             call.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack(call), self._unpack)
             call.hooks.__enter__()
             call.recorder.__enter__()
-            self._calls.append(call)
-            self._stack.append(call)
 
         return before
+
+    def _equal(self, call: Call) -> Template | None:
+        """What a call is passed over for: two have been recorded alike, and one more will be."""
+        known = self._templates.get(call.key) or []
+        if len(known) < _RECORDED or self._last[self._kinds[call.name]] == call.name:
+            return None
+        return known[0] if len({each.program.key for each in known}) == 1 else None
+
+    def _forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._stack[-1] if self._stack else None
+        if call is None or call.name != name or call.template is None:
+            return original(*args, **kwargs)
+        made = call.template
+        self._ledger.seconds += made.seconds
+        self._ledger.flops += made.flops
+        return stand_in(made, [*call.tensors, *self._trained[name]], partial(self._enter_backward, call))
 
     def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._stack or self._stack[-1].name not in self._slots:
@@ -167,20 +145,27 @@ class Rehearsal:
         if module is not self._module(call.name):
             return
         self._stack.pop()
-        recorder = call.recorder
-        assert recorder is not None
-        recorder.__exit__(None, None, None)
-        call.hooks.__exit__(None, None, None)
-        call.hooks = call.recorder = None
         outputs = output_tensors(output)
-        if outputs:
+        call.outputs = [(id(tensor), StorageWeakRef(tensor.untyped_storage())) for tensor in outputs]  # type: ignore[no-untyped-call]
+        recorder, call.recorder = call.recorder, None
+        if recorder is None:
+            assert call.template is not None
+            call.program, call.op_flops = call.template.program, self._calls[call.template.index].op_flops
+        else:
+            recorder.__exit__(None, None, None)
+            call.hooks.__exit__(None, None, None)
+            call.hooks = None
+        if recorder is not None and outputs:
             custom = {i for node in graph.custom_nodes(outputs, call.tensors) for i in _saved_by(node, call)}
             with _disable_current_modes():  # numbers that autograd holds are no fake tensors
                 nodes = graph.fingerprint(outputs, call.tensors)
             call.program = recorder.finish(outputs, nodes, custom)
             call.op_flops = recorder.flops
-            call.program.forward_seconds = max(self._ledger.seconds - call.forward_seconds, 1e-12)
-            call.outputs = [(id(tensor), StorageWeakRef(tensor.untyped_storage())) for tensor in outputs]  # type: ignore[no-untyped-call]
+            seconds, flops = self._ledger.seconds - call.forward_seconds, self._ledger.flops - call.forward_flops
+            call.program.forward_seconds = max(seconds, 1e-12)
+            made = template(call.index, call.program, output, seconds=seconds, flops=flops)
+            if made is not None and call.key is not None:
+                self._templates.setdefault(call.key, []).append(made)
         call.tensors = []
         self._ledger.reset_peak()  # what peaked inside is the program's
 
@@ -197,12 +182,12 @@ class Rehearsal:
                 return argument, place
         return None
 
-    def _pack(self, call: _Call) -> Callable[[torch.Tensor], _Parked]:
+    def _pack(self, call: Call) -> Callable[[torch.Tensor], Parked]:
         recorder = call.recorder
         assert recorder is not None
         count = 0
 
-        def pack(tensor: torch.Tensor) -> _Parked:
+        def pack(tensor: torch.Tensor) -> Parked:
             nonlocal count
             alias = tensor.detach()
             recorder.pack(alias)
@@ -210,15 +195,15 @@ class Rehearsal:
             node = recorder.program.nodes[saved.value.node]
             count += 1
             if node.leaf is not None and node.leaf.kind != "input":
-                return _Parked(call, count - 1, saved.value, alias.device, alias)
+                return Parked(call, count - 1, saved.value, alias.device, alias)
             storage = alias.untyped_storage()
             if node.producer is not None:
                 call.made[saved.value.node] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            return _Parked(call, count - 1, saved.value, alias.device, None)
+            return Parked(call, count - 1, saved.value, alias.device, None)
 
         return pack
 
-    def _unpack(self, parked: _Parked) -> torch.Tensor:
+    def _unpack(self, parked: Parked) -> torch.Tensor:
         if parked.call.backward_start is None:
             self._enter_backward(parked.call)
         if parked.tensor is not None:
@@ -226,7 +211,7 @@ class Rehearsal:
         value = parked.value
         return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=parked.device)
 
-    def _enter_backward(self, call: _Call) -> None:
+    def _enter_backward(self, call: Call) -> None:
         ledger = self._ledger
         if not self._num_backward:
             self._loss_peak = ledger.peak
@@ -236,7 +221,7 @@ class Rehearsal:
                     weak = self._calls[each.index - 1].outputs[each.input[1]][1]
                     each.input_alive = not weak.expired()  # type: ignore[no-untyped-call]
         call.backward_start = ledger.now
-        call.backward_began = ledger.seconds
+        call.backward_seconds, call.backward_flops = ledger.seconds, ledger.flops
         call.backward_order = self._num_backward
         assert self._states is not None
         call.gradients = self._states.gradient_bytes()
@@ -284,21 +269,21 @@ class Rehearsal:
         reading = Reading(start_bytes=start, start_gradients=0, start_state=0)
         reading.loss_peak, reading.end_peak = self._loss_peak, ledger.peak
         reading.gradients_end, reading.end_bytes = states.gradient_bytes(), ledger.now
-        backward_ended = ledger.seconds
+        backward_ended, backward_flops_ended = ledger.seconds, ledger.flops
         made = optimizer(parameters) if optimizer is not None else None
         if made is not None:
-            made.step()  # state is born
-            states.stepped(made)
             ledger.reset_peak()
-            before, seconds_before = ledger.now, ledger.seconds
-            made.step()
-            optimizer_bytes, optimizer_seconds = ledger.peak - before, ledger.seconds - seconds_before
+            made.step()  # state is born at its beginning, and there when its temporaries are
+            states.stepped(made)
+            optimizer_bytes, optimizer_seconds = ledger.peak - ledger.now, ledger.seconds - backward_ended
             reading.optimizer_peak = ledger.peak
         else:
             optimizer_bytes, optimizer_seconds = 0, 0.0
-        step_seconds = backward_ended - seconds + optimizer_seconds
-        programs = self._profiles(backward_ended)
-        reading.calls = [self._reading(call) for call in self._calls]
+        took = spans(self._calls, self._templates, backward_ended, backward_flops_ended)
+        step_seconds = backward_ended - seconds + optimizer_seconds + sum(extra for _, extra, _ in took.values())
+        backward_flops += sum(extra for _, _, extra in took.values())
+        programs = profiles(self._calls, took)
+        reading.calls = [read(call, self._calls) for call in self._calls]
         born = states.state_bytes()
         now = Now(
             gradients_start=reading.gradients_end if resident else 0,
@@ -323,74 +308,15 @@ class Rehearsal:
             optimizer_seconds=optimizer_seconds,
             looked_at_values=ledger.looked_at_values,
             notes=tuple(self._notes),
-            gradients=self._gradients(profile, reading.gradients_end, resident=resident),
+            gradients=gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident),
         )
 
-    def _gradients(self, profile: StepProfile, end: int, *, resident: bool) -> tuple[int, ...]:
-        order = sorted((c for c in self._calls if c.backward_start is not None), key=lambda c: c.backward_order)
-        backward = iter([c.gradients for c in order if c.program is not None])
-        found = []
-        for event in profile.events:
-            ended = event.name in ("optimizer", "end of backward")
-            now = next(backward) if event.kind == "backward" else end if ended else 0
-            found.append(end if resident else now)
-        return tuple(found)
 
-    def _profiles(self, ended: float) -> dict[str, ProgramProfile]:
-        """Of every program: what its calls have in common."""
-        order = sorted((c for c in self._calls if c.backward_start is not None), key=lambda c: c.backward_order)
-        ends = [*(call.backward_began for call in order[1:]), ended]
-        took = {call.index: end - call.backward_began for call, end in zip(order, ends, strict=True)}
-        found: dict[str, ProgramProfile] = {}
-        held: dict[str, set[int]] = {}
-        for call in self._calls:
-            if call.program is not None and call.backward_start is not None:
-                held[call.program.key] = held.get(call.program.key, call.alive) & call.alive
-        for call in self._calls:
-            program = call.program
-            if program is None or program.key in found or program.key not in held:
-                continue
-            taken = {node.storage for node in program.nodes if node.output or node.leaf is not None}
-            alive = {n for n in held[program.key] if program.nodes[n].storage not in taken}
-            profile = profile_program(program, held=alive)
-            found[program.key] = replace(profile, backward_seconds=took[call.index])
-        return found
-
-    def _reading(self, call: _Call) -> CallReading:
-        replayed = call.program is not None
-        link = None
-        if replayed and call.input is not None and not call.input_alive:
-            link = self._link(call)
-        return CallReading(
-            call.name,
-            mode="replay" if replayed else "plain",
-            program=call.program.key if call.program is not None else "",
-            link=link,
-            forward_start=call.forward_start,
-            forward_peak=call.forward_start,
-            backward_start=call.backward_start,
-            gradients=call.gradients,
-            backward_order=call.backward_order,
-        )
-
-    def _link(self, call: _Call) -> Link | None:
-        assert call.input is not None
-        assert call.program is not None
-        before = self._calls[call.index - 1].program
-        if before is None:
-            return None
-        linked = input_node(call.program, call.input[0])
-        output = before.outputs[call.input[1]].node
-        if linked is None or (before.nodes[output].leaf is None and not before.nodes[output].recomputable):
-            return None
-        return Link(input=linked, output=output)
-
-
-def _saved_by(node: Any, call: _Call) -> set[int]:
+def _saved_by(node: Any, call: Call) -> set[int]:
     """Which of a call's saved tensors a custom autograd Function saved."""
     raw = getattr(node, "_raw_saved_tensors", ()) or ()
     parked = [getattr(saved, "data", None) for saved in raw]
-    return {each.index for each in parked if isinstance(each, _Parked) and each.call is call}
+    return {each.index for each in parked if isinstance(each, Parked) and each.call is call}
 
 
 def _tensors(structure: Any) -> list[torch.Tensor]:
