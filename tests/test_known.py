@@ -19,6 +19,13 @@ from memfit.errors import ModelError, UnknownNameError, UsageError
 from memfit.names import plain
 
 MODELS = {model.id: model for model in known.models()}
+# Fields that a class takes without naming them among its own, and those that only the original code reads.
+UNNAMED = set(
+    "rope_theta rope_scaling rope_local_base_freq global_rope_theta local_rope_theta rotary_emb_base rotary_pct "
+    "partial_rotary_factor sliding_window_pattern global_attn_every_n_layers max_window_layers num_experts head_dim "
+    "attention_bias position_buckets share_att_key norm_rel_ebd num_labels num_hidden_layers decoder_start_token_id "
+    "n_ctx n_positions moe_layer_freq scoring_func aux_loss_alpha seq_aux".split()
+)
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
 
 # The vision tower that the models of Gemma 3 share, from their configurations.
@@ -64,7 +71,9 @@ def test_the_text_of_gemma_3_is_what_its_vision_tower_leaves(size):
 def test_the_fields_reach_the_configuration(name):
     """Numbers that the count of parameters does not see: positions, dropout, epsilons, windows."""
     model = MODELS[name]
-    config = configurations.load(name).to_dict()
+    loaded = configurations.load(name)
+    assert set(model.config) <= set(type(loaded)().to_dict()) | UNNAMED
+    config = loaded.to_dict()
     for field, value in model.config.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and field in config:
             assert config[field] == value, field
