@@ -6,6 +6,7 @@ And where configurations come from: files, the table, the Hub.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -256,3 +257,33 @@ def test_code_that_fails_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "acme", "auto_map": auto_map}))
     with pytest.raises(ModelError, match="The code of the configuration"):
         configurations.load(tmp_path, trust_remote_code=True)
+
+
+def test_the_hub_is_asked_and_its_code_refused(tmp_path):
+    """From the Hub's cache on disk, since tests have no network; where it lies is read when transformers starts."""
+    for name, more in (("plain", {}), ("coded", {"auto_map": {"AutoConfig": "configuration_acme.AcmeConfig"}})):
+        model = tmp_path / "hub" / f"models--acme--{name}"
+        (model / "refs").mkdir(parents=True)
+        (model / "refs" / "main").write_text("0" * 40)
+        (model / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        (model / "snapshots" / ("0" * 40) / "config.json").write_text(json.dumps({**TINY, **more}))
+    code = (
+        "from memfit import configurations, errors\n"
+        "config = configurations.load('acme/plain')\n"
+        "print(type(config).__name__, config.hidden_size)\n"
+        "try:\n"
+        "    configurations.load('acme/coded')\n"
+        "except errors.UsageError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "LlamaConfig 32", done.stderr
+    assert second.startswith("The configuration `acme/coded` brings its own code (`auto_map`).")
