@@ -66,7 +66,7 @@ def cache(tmp_path, monkeypatch):
 def record():
     """A real calibration of the CPU, in short slices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "SLICE_SECONDS", {"cpu": 0.01, "cuda": 0.05})
+        patch.setattr(calibration, "SLICE_SECONDS", {"cpu": 0.1, "cuda": 0.1})
         patch.setattr(torch.cuda, "is_available", lambda: False)
         return calibration.calibrate()
 
@@ -184,6 +184,8 @@ def test_nothing_stands_in_for_fp8():
     ("kind", "flops", "num_bytes", "seconds"),
     [
         ("matmul", 312e12 * 0.87, 1.0, 1 + 5e-6),
+        ("matmul", 312e12 * 0.87, 2039e9 * 0.9, 1 + 5e-6),
+        ("matmul", 312e12 * 0.87, 2039e9 * 1.8, 2 + 5e-6),
         ("attention", 312e12 * 0.63, 1.0, 1 + 5e-6),
         ("elementwise", 0, 2039e9 * 0.85, 1 + 5e-6),
         ("elementwise", 1.0, 2039e9 * 0.85, 1 + 5e-6),
@@ -213,16 +215,16 @@ def test_more_work_never_takes_less(name, kind, flops, num_bytes, factor):
 
 
 def test_a_calibration_measures_this_machine(record):
-    """Against one product and one copy timed here: within a factor of five, as other work may come between."""
+    """Against one product and one copy timed here: within a factor of four, as other work may come between."""
     hardware = record.hardware
     assert hardware.name == "here"
     assert hardware.backend == "cpu"
     assert set(hardware.matmul_flops_per_second) == {"fp32", "bf16", "fp16"}
     assert hardware.host_link_bytes_per_second is None
     a = torch.randn(1024, 1024)
-    assert 0.2 < hardware.flops_per_second("fp32") / (2 * 1024**3 / quickest(lambda: a @ a)) < 5
+    assert 0.25 < hardware.flops_per_second("fp32") / (2 * 1024**3 / quickest(lambda: a @ a)) < 4
     b, c = torch.ones(2**24), torch.zeros(2**24)
-    assert 0.2 < hardware.memory_bytes_per_second / (2 * 4 * 2**24 / quickest(lambda: c.copy_(b))) < 5
+    assert 0.25 < hardware.memory_bytes_per_second / (2 * 4 * 2**24 / quickest(lambda: c.copy_(b))) < 4
     assert 1e-7 < hardware.launch_seconds < 1e-3
     assert 0 < hardware.attention_efficiency < 10
     assert set(hardware.sources) == set(SOURCED)

@@ -6,6 +6,7 @@ And where configurations come from: files, the table, the Hub.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,13 @@ from memfit.errors import ModelError, UnknownNameError, UsageError
 from memfit.names import plain
 
 MODELS = {model.id: model for model in known.models()}
+# Fields that a class takes without naming them among its own, and those that only the original code reads.
+UNNAMED = set(
+    "rope_theta rope_scaling rope_local_base_freq global_rope_theta local_rope_theta rotary_emb_base rotary_pct "
+    "partial_rotary_factor sliding_window_pattern global_attn_every_n_layers max_window_layers num_experts head_dim "
+    "attention_bias position_buckets share_att_key norm_rel_ebd num_labels num_hidden_layers decoder_start_token_id "
+    "n_ctx n_positions moe_layer_freq scoring_func aux_loss_alpha seq_aux".split()
+)
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
 
 # The vision tower that the models of Gemma 3 share, from their configurations.
@@ -64,7 +72,9 @@ def test_the_text_of_gemma_3_is_what_its_vision_tower_leaves(size):
 def test_the_fields_reach_the_configuration(name):
     """Numbers that the count of parameters does not see: positions, dropout, epsilons, windows."""
     model = MODELS[name]
-    config = configurations.load(name).to_dict()
+    loaded = configurations.load(name)
+    assert set(model.config) <= set(type(loaded)().to_dict()) | UNNAMED
+    config = loaded.to_dict()
     for field, value in model.config.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and field in config:
             assert config[field] == value, field
@@ -247,3 +257,33 @@ def test_code_that_fails_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "acme", "auto_map": auto_map}))
     with pytest.raises(ModelError, match="The code of the configuration"):
         configurations.load(tmp_path, trust_remote_code=True)
+
+
+def test_the_hub_is_asked_and_its_code_refused(tmp_path):
+    """From the Hub's cache on disk, since tests have no network; where it lies is read when transformers starts."""
+    for name, more in (("plain", {}), ("coded", {"auto_map": {"AutoConfig": "configuration_acme.AcmeConfig"}})):
+        model = tmp_path / "hub" / f"models--acme--{name}"
+        (model / "refs").mkdir(parents=True)
+        (model / "refs" / "main").write_text("0" * 40)
+        (model / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        (model / "snapshots" / ("0" * 40) / "config.json").write_text(json.dumps({**TINY, **more}))
+    code = (
+        "from memfit import configurations, errors\n"
+        "config = configurations.load('acme/plain')\n"
+        "print(type(config).__name__, config.hidden_size)\n"
+        "try:\n"
+        "    configurations.load('acme/coded')\n"
+        "except errors.UsageError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "LlamaConfig 32", done.stderr
+    assert second.startswith("The configuration `acme/coded` brings its own code (`auto_map`).")

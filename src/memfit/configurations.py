@@ -8,6 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,11 +133,25 @@ def _run_code(name: str, source: str) -> PreTrainedConfig:
     return config
 
 
+def _has_network() -> bool:
+    """Whether the Hub's host has an address: asking it five times, as its client does, takes half a minute."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if urllib.request.getproxies():
+        return True  # a proxy looks names up itself
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
+
+
 def _from_hub(name: str, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import PreTrainedConfig
 
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(name)  # nothing but the JSON: no code runs
+        # Nothing but the JSON, from the cache at least: no code runs.
+        fields, _ = PreTrainedConfig.get_config_dict(name, local_files_only=not _has_network())
     except Exception as error:  # a network has many ways to fail, and so has a wrong name
         first, _, _ = str(error).strip().partition("\n")
         raise UnknownNameError(
