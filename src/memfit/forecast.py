@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -20,12 +20,13 @@ from memfit.hardware import Hardware
 from memfit.offline import Loss, call, scalar_loss
 from memfit.plans import Plan
 from memfit.predictions import Alternative, Peak, Prediction
-from memfit.roofline import Kind, op_seconds
+from memfit.profiles import StepProfile
 from memfit.sharding import class_name, unwrapped
 from memfit.simulation import tasks
 from memfit.simulation.fakes import fake_batch, fake_tensors, twin
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
+from memfit.simulation.rates import rates
 from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
 from memfit.simulation.target import CudaKernels
@@ -39,8 +40,6 @@ CUDA_WORKSPACE_BYTES = 72 * 2**20
 """cuBLAS's, for the thread of the forward and that of the backward (32 MiB each on Hopper), and cuDNN's."""
 _SLACK = {"cuda": (0.02, 0.06), "cpu": (0.03, 0.08), "mps": (0.05, 0.15)}
 """What an allocator holds beside tensors, as a part of them: expected, and at most."""
-_MATMULS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_grouped_mm")
-_COPIES = ("copy_", "clone", "_to_copy", "cat", "contiguous")
 
 
 def simulate(
@@ -152,7 +151,7 @@ class Forecast:
         blocks = find_blocks(job.model)
         doubles = True
         while True:
-            ledger = Ledger(_rates(self._entry))
+            ledger = Ledger(rates(self._entry))
             kernels = CudaKernels() if self._entry.backend == "cuda" else contextlib.nullcontext()
             try:
                 with Rehearsal(job.model, blocks, ledger, doubles=doubles) as rehearsal, ledger, kernels:
@@ -174,32 +173,41 @@ class Forecast:
     def within(self, budget: int | float | str | None = None) -> Prediction:
         """The fastest plan whose highest peak fits; where none does, the one with the smallest peak."""
         limit = _limit(budget, self._entry)
-        profile = self._rehearsed.profile
-        plan: Plan | None = None
-        if isinstance(limit, int):
-            room = int((limit - self._base) / (1 + self._slack[1]))
-            try:
-                plan = replace(solve(profile, budget=max(room, 0), **self._named), budget_bytes=limit)
-            except InfeasibleBudgetError:
-                plan = None
-        if plan is None:
-            plan = solve(profile, budget="min", **self._named)
-        return self._prediction(plan, limit if isinstance(limit, int) else None)
+        if not isinstance(limit, int):
+            return self.of(self.solve("min"))
+        try:
+            plan = self.solve(max(0, int((limit - self._base) / (1 + self._slack[1]))))
+        except InfeasibleBudgetError:
+            plan = self.solve("min")
+        return self.of(replace(plan, budget_bytes=limit), limit)
+
+    def solve(self, budget: int | Literal["min"]) -> Plan:
+        """The fastest plan whose tensors take at most ``budget`` bytes.
+
+        Raises:
+            InfeasibleBudgetError: There is none.
+        """
+        return solve(self.profile, budget=budget, **self.named)
 
     def frontier(self, count: int = 9) -> list[Prediction]:
         """Predictions from the smallest peak to the plain one, each the fastest for its peak."""
-        smallest = solve(self._rehearsed.profile, budget="min", **self._named)
+        smallest = self.solve("min")
         low, high = smallest.predicted_peak_bytes, smallest.plain_peak_bytes
         found = []
         for number in range(count):
             size = low + (high - low) * number // max(1, count - 1)
             limit = self._base + int(size * (1 + self._slack[1])) + 1
-            plan = solve(self._rehearsed.profile, budget=size, **self._named)
-            found.append(self._prediction(replace(plan, budget_bytes=limit), limit))
+            found.append(self.of(replace(self.solve(size), budget_bytes=limit), limit))
         return found
 
     @property
-    def _named(self) -> dict[str, Any]:
+    def profile(self) -> StepProfile:
+        """What the step costs, as the solver sees it."""
+        return self._rehearsed.profile
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Whose plans these are."""
         return {"model": self._name, "fingerprint": self._fingerprint}
 
     @property
@@ -217,7 +225,8 @@ class Forecast:
     def _size(self, plan: Plan) -> int:
         return self._base + int(plan.predicted_peak_bytes * (1 + self._slack[0]))
 
-    def _prediction(self, plan: Plan, limit: int | None) -> Prediction:
+    def of(self, plan: Plan, limit: int | None = None) -> Prediction:
+        """What a plan comes to; ``limit``: bytes that it should fit into."""
         rehearsed = self._rehearsed
         peak = self._peak(plan)
         budget = limit if limit is not None else peak.high
@@ -249,7 +258,7 @@ class Forecast:
 
     def _recomputed_flops(self, plan: Plan) -> float:
         """What a plan computes again: its recomputation, on a device whose seconds are FLOPs."""
-        profile = self._rehearsed.profile
+        profile = self.profile
         programs = {
             key: replace(
                 program,
@@ -265,7 +274,7 @@ class Forecast:
 
     def _switches(self, budget: int) -> Iterable[tuple[str, Plan]]:
         """What people switch on today; of every-n-th-layer the largest n that fits, or 2."""
-        profile = self._rehearsed.profile
+        profile = self.profile
         yield "nothing", switched(profile, policy="plain")
         yield "full checkpointing", switched(profile, policy="full")
         yield "selective checkpointing", switched(profile, policy="selective")
@@ -281,7 +290,7 @@ class Forecast:
 
     def _peak(self, plan: Plan) -> Peak:
         """The peak of a plan, and what it consists of."""
-        rehearsed, profile = self._rehearsed, self._rehearsed.profile
+        rehearsed, profile = self._rehearsed, self.profile
         found = simulate_plan(profile, plan)
         number = next(i for i, (_, size) in enumerate(found.events) if size == found.peak_bytes)
         event = profile.events[number]
@@ -335,21 +344,6 @@ def _not_counted(entry: Hardware, rehearsed: Rehearsed) -> tuple[str, ...]:
     if rehearsed.looked_at_values:
         sentences.append("What the model does depending on values: it asked for some, and was told false or zero.")
     return (*sentences, *rehearsed.notes)
-
-
-def _rates(entry: Hardware) -> Callable[[str, float, float, torch.dtype], float]:
-    def seconds(name: str, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
-        base = name.partition("::")[2]
-        kind: Kind = "elementwise"
-        if "attention" in base:
-            kind = "attention"
-        elif flops or base in _MATMULS:
-            kind = "matmul"
-        elif base in _COPIES:
-            kind = "copy"
-        return op_seconds(entry, kind, flops=flops, num_bytes=num_bytes, dtype=str(dtype))
-
-    return seconds
 
 
 def _limit(budget: int | float | str | None, entry: Hardware) -> int | str:

@@ -31,6 +31,7 @@ class Call:
 
     Attributes:
         tensors: Its arguments, while it runs.
+        parked: What autograd would save, until the forward ends (late drop).
         outputs: Identity and storage of each tensor that it returned.
         program: What it ran.
         op_flops: Of each op of that.
@@ -50,6 +51,7 @@ class Call:
     name: str
     index: int
     tensors: list[torch.Tensor] = field(default_factory=list)
+    parked: list[torch.Tensor] = field(default_factory=list)
     outputs: list[tuple[int, StorageWeakRef]] = field(default_factory=list)
     recorder: FakeRecorder | None = None
     hooks: Any = None

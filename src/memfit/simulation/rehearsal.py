@@ -166,7 +166,7 @@ class Rehearsal:
             made = template(call.index, call.program, output, seconds=seconds, flops=flops)
             if made is not None and call.key is not None:
                 self._templates.setdefault(call.key, []).append(made)
-        call.tensors = []
+        call.tensors, call.parked = [], []
         self._ledger.reset_peak()  # what peaked inside is the program's
 
     def _module(self, name: str) -> torch.nn.Module:
@@ -191,6 +191,7 @@ class Rehearsal:
             nonlocal count
             alias = tensor.detach()
             recorder.pack(alias)
+            call.parked.append(alias)
             saved = recorder.program.saved[-1]
             node = recorder.program.nodes[saved.value.node]
             count += 1
