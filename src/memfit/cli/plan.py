@@ -57,6 +57,8 @@ def execute(arguments: argparse.Namespace) -> int:
     check(arguments)
     if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
         raise UsageError(f"There is no folder for `-o {arguments.output}`.")
+    if arguments.target.endswith(".py"):
+        raise UsageError(f"`{arguments.target}` does not name a function: write `{arguments.target}:build`.")
     if not _is_function(arguments.target):
         return _predict(arguments, forecaster(arguments, arguments.target)(arguments.batch, arguments.seq))
     built = _load(arguments.target)()
