@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import memfit
-from memfit import hardware
+from memfit import configurations, hardware
 from memfit.blocks import find_blocks
 from memfit.errors import ModelError, UsageError
 from memfit.forecast import Forecast
@@ -375,8 +375,31 @@ def test_other_inputs_than_text():
         eos_token_id=2,
         decoder_start_token_id=1,
     )
-    assert memfit.simulate(vit, batch_size=2, precision="fp32").tokens_per_second is None
-    assert memfit.simulate(whisper, batch_size=2, length=16, precision="fp32").fits
+    for precision in ("fp32", "bf16"):
+        assert memfit.simulate(vit, batch_size=2, precision=precision).tokens_per_second is None
+        assert memfit.simulate(whisper, batch_size=2, length=16, precision=precision).fits
+
+
+def test_heads_of_two_sizes_on_cuda():
+    """DeepSeek's: values have fewer features than queries, which FlashAttention does not take."""
+    with fake_tensors():
+        query, key = (torch.empty(1, 4, 16, 192, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        value = torch.empty(1, 4, 16, 128, dtype=torch.bfloat16, requires_grad=True)
+        with CudaKernels():
+            found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            found.sum().backward()
+        assert tuple(found.shape) == (1, 4, 16, 128)
+        assert value.grad.shape == value.shape
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "gemma-2-2b", "qwen2.5-7b"])
+def test_known_models(name):
+    """From the table, without a network: their first layers."""
+    config = configurations.load(name)
+    config.num_hidden_layers = 4
+    prediction = memfit.simulate(config, device="h100", length=64, precision="bf16")
+    assert len(prediction.plan.calls) == 4
+    assert prediction.compute_factor == pytest.approx(3, abs=0.1)
 
 
 def test_lora_and_autocast_and_frozen_parts():

@@ -141,6 +141,7 @@ class Forecast:
         with fake_tensors():
             job = prepare()
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
+            self._title = job.title or self._name
             self._tokens = job.tokens
             self._num_parameters = sum(p.numel() for p in job.model.parameters())
             self._num_trainable = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
@@ -234,7 +235,7 @@ class Forecast:
         seconds = self._seconds(plan)
         tokens = None if self._tokens is None else self._num_devices * self._accumulate * self._tokens
         return Prediction(
-            model=self._name,
+            model=self._title,
             device=self._entry.name,
             budget_bytes=budget,
             fits=peak.high <= budget,

@@ -58,7 +58,8 @@ def _attention(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    flash = query.dtype in _HALVES and attn_mask is None and query.size(-1) <= _MAX_FLASH_HEAD
+    alike = query.size(-1) == value.size(-1) <= _MAX_FLASH_HEAD
+    flash = query.dtype in _HALVES and attn_mask is None and alike
     if enable_gqa and not flash:
         repeats = query.size(-3) // key.size(-3)
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)

@@ -27,12 +27,14 @@ class Job:
         batch: Its inputs.
         loss: Runs the forward.
         tokens: In the batch; ``None`` where it has none.
+        title: What a report calls the model, if not by its class.
     """
 
     model: torch.nn.Module
     batch: Any
     loss: Callable[[], torch.Tensor]
     tokens: int | None
+    title: str = ""
 
 
 def task_of(config: Any) -> str:
@@ -100,7 +102,9 @@ def build(
         )
     with _disable_current_modes(), torch.device("meta"):  # libraries move modules about, which fake ones cannot be
         model = _model(config, task, DTYPES.get(precision, torch.float32), attention)
+        title = type(model).__name__
         if lora is not None:
+            title = f"{title} with LoRA"
             model = _with_lora(model, lora, lora_targets, lora_dropout)
     model = twin(model)
     _freeze(model, freeze)
@@ -109,9 +113,9 @@ def build(
     model.train()
     autocast = _autocast(precision)
     if task == "embedder":
-        return _embedder(model, batch_size, length, group, temperature, autocast)
+        return _embedder(model, title, batch_size, length, group, temperature, autocast)
     rows = batch_size * group if task == "reranker" else batch_size
-    batch = _batch(config, task, rows, length, padded)
+    batch = _batch(config, task, rows, length, padded, DTYPES.get(precision, torch.float32))
 
     def loss() -> torch.Tensor:
         with autocast():
@@ -123,7 +127,7 @@ def build(
         return found
 
     tokens = None if task == "image" else rows * length
-    return Job(model=model, batch=batch, loss=loss, tokens=tokens)
+    return Job(model=model, batch=batch, loss=loss, tokens=tokens, title=title)
 
 
 def _model(config: Any, task: str, dtype: torch.dtype, attention: str | None) -> torch.nn.Module:
@@ -188,15 +192,15 @@ def _autocast(precision: str) -> Callable[[], Any]:
     return lambda: torch.autocast("cpu", dtype=dtype)
 
 
-def _batch(config: Any, task: str, rows: int, length: int, padded: bool) -> dict[str, torch.Tensor]:
+def _batch(config: Any, task: str, rows: int, length: int, padded: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if task == "image":
         size = getattr(config, "image_size", 224)
-        pixels = torch.empty(rows, getattr(config, "num_channels", 3), size, size)
+        pixels = torch.empty(rows, getattr(config, "num_channels", 3), size, size, dtype=dtype)
         return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
     tokens = torch.zeros(rows, length, dtype=torch.long)
     if config.model_type == "whisper":
         frames = 2 * config.max_source_positions
-        return {"input_features": torch.empty(rows, config.num_mel_bins, frames), "labels": tokens}
+        return {"input_features": torch.empty(rows, config.num_mel_bins, frames, dtype=dtype), "labels": tokens}
     batch = {"input_ids": tokens}
     if padded or task == "reranker":
         batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
@@ -209,6 +213,7 @@ def _batch(config: Any, task: str, rows: int, length: int, padded: bool) -> dict
 
 def _embedder(
     model: torch.nn.Module,
+    title: str,
     batch_size: int,
     length: int,
     group: int,
@@ -234,4 +239,4 @@ def _embedder(
         scores = query @ passages.T / temperature
         return torch.nn.functional.cross_entropy(scores.float(), torch.arange(batch_size) * group)
 
-    return Job(model=model, batch=batch, loss=loss, tokens=batch_size * (1 + group) * length)
+    return Job(model=model, batch=batch, loss=loss, tokens=batch_size * (1 + group) * length, title=title)
