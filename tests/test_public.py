@@ -20,11 +20,13 @@ NAMES = [
     "ModelError",
     "Plan",
     "PlanError",
+    "Prediction",
     "RecomputeError",
     "__version__",
     "apply",
     "fit",
     "plan",
+    "simulate",
 ]
 
 
@@ -34,7 +36,7 @@ def test_names_are_pinned():
 
 
 def test_verbs_are_pinned():
-    assert list(VERBS) == ["run", "plan", "doctor"]
+    assert list(VERBS) == ["run", "plan", "frontier", "max", "doctor"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +53,7 @@ def test_unknown_names_raise_attribute_error():
 def test_functions_stay_functions_whatever_is_imported():
     """A submodule called `plan` would replace the function when it is imported."""
     package = Path(memfit.__file__).parent
-    for name in ("fit", "plan", "apply"):
+    for name in ("fit", "plan", "apply", "simulate"):
         assert not (package / f"{name}.py").exists()
         assert not (package / name).exists()
         getattr(memfit, name)

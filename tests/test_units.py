@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.errors import BudgetError, InfeasibleBudgetError, MemfitError, RecomputeError
-from memfit.units import Budget, format_bytes, format_seconds, parse_budget, parse_bytes
+from memfit.units import Budget, format_bytes, format_rate, format_seconds, parse_budget, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,20 @@ def test_seconds_have_three_digits(seconds, text):
 def test_printed_sizes_are_right_to_three_digits(num_bytes):
     shown = parse_bytes(format_bytes(num_bytes))
     assert abs(shown - num_bytes) <= max(0.006 * num_bytes, 1)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (165.2e12, "165 TFLOP/s"),
+        (1.5e15, "1.50 PFLOP/s"),
+        (999.6e9, "1.00 TFLOP/s"),
+        (12.0, "12.0 FLOP/s"),
+        (3e21, "3000000 PFLOP/s"),
+    ],
+)
+def test_rates_have_three_digits_and_a_power_of_ten(rate, text):
+    assert format_rate(rate, "FLOP") == text
 
 
 @given(st.text(max_size=20))

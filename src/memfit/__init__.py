@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         PlanError,
         RecomputeError,
     )
+    from memfit.forecast import simulate
     from memfit.handle import Handle
     from memfit.plans import Plan
+    from memfit.predictions import Prediction
 
 __all__ = [
     "BudgetError",
@@ -34,11 +36,13 @@ __all__ = [
     "ModelError",
     "Plan",
     "PlanError",
+    "Prediction",
     "RecomputeError",
     "__version__",
     "apply",
     "fit",
     "plan",
+    "simulate",
 ]
 
 # NOTE [Lazy names] Where each public name lives. No submodule may bear the name of a public function: importing it
@@ -47,6 +51,8 @@ _HOMES = {
     "fit": "memfit.autopilot",
     "plan": "memfit.autopilot",
     "apply": "memfit.autopilot",
+    "simulate": "memfit.forecast",
+    "Prediction": "memfit.predictions",
     "Handle": "memfit.handle",
     "Plan": "memfit.plans",
     "MemfitError": "memfit.errors",

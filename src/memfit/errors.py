@@ -16,6 +16,51 @@ class UsageError(MemfitError):
     """A call or a command line that cannot mean anything; exit status 2."""
 
 
+class UnknownNameError(UsageError):
+    """A name that no table has.
+
+    Attributes:
+        what: What it should name: ``device``, ``model``.
+        name: What was given.
+        nearest: Names that look like it, or all there are.
+        advice: What else would do, as a sentence.
+    """
+
+    def __init__(self, what: str, name: str, nearest: tuple[str, ...], advice: str | None = None) -> None:
+        super().__init__(what, name, nearest, advice)
+        self.what = what
+        self.name = name
+        self.nearest = nearest
+        self.advice = advice
+
+    def __str__(self) -> str:
+        shown = self.name if len(self.name) <= 80 else f"{self.name[:77]}..."
+        parts = [f"There is no {self.what} `{shown}` that Memfit knows."]
+        if self.nearest:
+            names = [f"`{name}`" for name in self.nearest]
+            parts.append(f"Nearest: {', '.join(names)}.")
+        if self.advice:
+            parts.append(self.advice)
+        return " ".join(parts)
+
+
+class CalibrationError(MemfitError):
+    """The record of a calibration cannot be read or written, or the machine cannot be measured.
+
+    Attributes:
+        path: Of the record.
+        detail: What is wrong, as sentences.
+    """
+
+    def __init__(self, path: str, detail: str) -> None:
+        super().__init__(path, detail)
+        self.path = path
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"The calibration is `{self.path}`. {self.detail}"
+
+
 class ModelError(MemfitError):
     """A model, batch, loss or optimizer that cannot be fitted."""
 

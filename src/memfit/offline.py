@@ -31,7 +31,7 @@ def rehearse(handle: Handle, model: torch.nn.Module, batch: Any, loss: Loss | No
                 parameter.grad = None
             model.train()
             with torch.enable_grad():
-                value = scalar_loss(_call(model, batch), batch, loss)
+                value = scalar_loss(call(model, batch), batch, loss)
                 value.backward()  # type: ignore[no-untyped-call]
             del value
             handle._finish_step()
@@ -76,7 +76,8 @@ def scalar_loss(output: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
     return value
 
 
-def _call(model: torch.nn.Module, batch: Any) -> Any:
+def call(model: torch.nn.Module, batch: Any) -> Any:
+    """A forward, with a batch as a training loop passes it."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)

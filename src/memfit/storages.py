@@ -21,7 +21,13 @@ SMALL_BUFFER_BYTES = 16 * 2**10
 
 
 class Storages:
-    """The storages that a recording has seen, and the nodes that they went through."""
+    """The storages that a recording has seen, and the nodes that they went through.
+
+    Attributes:
+        plain: Classes of tensors whose ops can be recorded.
+    """
+
+    plain: tuple[type, ...] = PLAIN_TYPES
 
     def __init__(self, program: Program) -> None:
         """Of a recording that writes into ``program``."""
@@ -99,6 +105,11 @@ class Storages:
         alive = sum(size for ref, size in self._sizes if not ref.expired())  # type: ignore[no-untyped-call, misc]
         program.peak_bytes = max(program.peak_bytes, alive)
 
+    def constant(self, number: int, tensor: torch.Tensor) -> object:
+        """What a number is that came from nowhere and is saved; ``None`` for every other tensor."""
+        unknown = self.program.nodes[number].reason == UNKNOWN
+        return tensor.item() if unknown and tensor.numel() == 1 and tensor.device.type == "cpu" else None
+
     def _finish_node(self, number: int, op: ProgramOp, tensor: torch.Tensor) -> None:
         """Hash it for NOTE [Invisible writers], and look whether it proves anything."""
         if not tensor.is_meta:
@@ -126,9 +137,16 @@ class Storages:
             name in ("div_", "mul_") and op.inputs and nodes[op.inputs[0]].mask_scale is not None and len(op.args) == 2
         ):
             if isinstance(op.args[1], (int, float)):
-                node.mask_scale = float(tensor.max()) if tensor.numel() else None
+                node.mask_scale = self._highest(tensor) if tensor.numel() else None
                 if node.mask_scale == 0.0:
                     node.mask_scale = None
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Of what an op is about to overwrite, to run it again from."""
+        return tensor.clone()
+
+    def _highest(self, tensor: torch.Tensor) -> float:
+        return float(tensor.max())
 
     def run_foreign(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an op that is not recorded, as tensors of unknown types are about: does it write what it was given?"""
@@ -146,7 +164,7 @@ class Storages:
 
     def add_leaf(self, leaf: Leaf, tensor: torch.Tensor) -> None:
         """A tensor that the block is given."""
-        if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
+        if type(tensor) not in self.plain or tensor.layout is not torch.strided:
             self.program.foreign = self.program.foreign or type(tensor).__name__
             return
         if self.is_known(tensor):

@@ -31,12 +31,14 @@ from memfit.host import memory_ran_out
 from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
 from memfit.readers import patch_readers, python_random_state, restore_readers
 from memfit.replay import generator_of
-from memfit.storages import PLAIN_TYPES, Storages, address_of, covers, geometry
+from memfit.storages import Storages, address_of, covers, geometry
 from memfit.tape import Tape
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Write down the ops of one forward. Enter it, run the forward, leave it, then `finish`."""
+
+    make_storages = Storages
 
     def __init__(self, leaves: list[tuple[Leaf, torch.Tensor]], owner: FrameType | None = None) -> None:
         """Start a recording.
@@ -47,7 +49,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.program = Program()
-        self._nodes = Storages(self.program)
+        self._nodes = self.make_storages(self.program)
         self._tape = Tape(self.program, self._nodes)
         self.leaves = leaves
         self.checkpoints = False  # whether the block calls torch's checkpoint itself
@@ -122,7 +124,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def pack(self, tensor: torch.Tensor) -> None:
         """Autograd keeps ``tensor`` (already detached)."""
-        if type(tensor) not in PLAIN_TYPES:
+        if type(tensor) not in self._nodes.plain:
             self.program.foreign = self.program.foreign or type(tensor).__name__
         if not self.program.foreign:
             with torch._C._DisableTorchDispatch():
@@ -133,12 +135,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             node = self._nodes.consume(tensor)
             value = geometry(node, tensor)
-            constant = None
-            if self.program.nodes[node].reason == UNKNOWN and tensor.numel() == 1 and tensor.device.type == "cpu":
-                constant = tensor.item()
-            saved = SavedTensor(
-                value, tensor.device, tensor._version, self.program.nodes[node].leaf is not None, constant
-            )
+            leaf = self.program.nodes[node].leaf is not None
+            saved = SavedTensor(value, tensor.device, tensor._version, leaf, self._nodes.constant(node, tensor))
             if self._nodes.is_odd(tensor):
                 self._nodes.forbid(node, "saved under another dtype, or conjugated")
             self.program.saved.append(saved)
@@ -152,7 +150,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         program = self.program
         tensors = _tensors((args, kwargs))
         for tensor in tensors:
-            if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
+            if type(tensor) not in self._nodes.plain or tensor.layout is not torch.strided:
                 program.foreign = program.foreign or type(tensor).__name__
         if program.foreign:
             return self._nodes.run_foreign(func, args, kwargs)
@@ -172,18 +170,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if hidden:
             skipped = skipped | {id(args[3]), id(args[4])}
         reads = {id(t): self._nodes.consume(t) for t in tensors if id(t) not in skipped}
-        device = next((t.device for t in tensors), kwargs.get("device") or torch.device("cpu"))
-        device = torch.device(device) if not isinstance(device, torch.device) else device
+        device = torch.device(next((t.device for t in tensors), kwargs.get("device") or torch.device("cpu")))
         odd = any(self._nodes.is_odd(t) for t in tensors if id(t) in reads)
         allowed = not odd and ops.is_recomputable(func, args, kwargs, device.type)
         drawn = ops.is_random(func, args, kwargs)
-        state = generator_of(device).get_state() if drawn else None
+        state = self._generator_state(device) if drawn else None
         versions = [] if allowed else [t._version for t in tensors]
         inplace = bool(written) and not hidden
         template, template_kwargs = _template(args, reads), _template(kwargs, reads)
         before = None
         if allowed and inplace and len(written) == 1:
-            before = None if overwrites else written[0].clone()
+            before = None if overwrites else self._nodes.copy(written[0])
         program.record_seconds += time.perf_counter() - started
 
         tape_args, tape_kwargs = self._tape.references(args), self._tape.references(kwargs)
@@ -199,13 +196,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not written and all(self._nodes.is_known(t) for _, t in results) and not drawn:
             self._nodes.forbid_odd_views(results)
             return out  # a view, or an op that returned what it got
-        op = ProgramOp(func, (), {}, (), [], random=drawn)
+        inputs = tuple(dict.fromkeys(reads.values()))
+        op = ProgramOp(func, template, template_kwargs, inputs, [], random=drawn)
         index = len(program.ops)
         program.ops.append(op)
-        op.args, op.kwargs = template, template_kwargs
-        op.inputs = tuple(dict.fromkeys(reads.values()))
         op.recomputable, op.reason = self._may_recompute(func, op, allowed, written, hidden, site)
-        if drawn and state is not None:
+        if drawn:
             self._mark_random(index, op, state, device)
         if inplace and len(written) == 1:
             op.target = self._nodes.target(written[0])
@@ -323,7 +319,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op.seconds = min(op.seconds, time.perf_counter() - started)
         return True
 
-    def _mark_random(self, index: int, op: ProgramOp, state: torch.Tensor, device: torch.device) -> None:
+    def _generator_state(self, device: torch.device) -> torch.Tensor | None:
+        return generator_of(device).get_state()
+
+    def _mark_random(self, index: int, op: ProgramOp, state: torch.Tensor | None, device: torch.device) -> None:
         """Find where a run can take the generator's state: at entry, or at a pack since the random op before."""
         packed = len(self.program.saved)
         earlier = [o for o in self.program.ops[:index] if o.random]
@@ -334,6 +333,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             op.recomputable, op.reason = False, "draws right after another random op"
         self._packed_at_last_draw = packed
+        if state is None:
+            return
         expected = self._generator_states.get(device)
         if expected is not None and not torch.equal(expected, state):
             op.recomputable, op.reason = False, "something else moved the generator"
@@ -356,7 +357,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not program.foreign:
             self._nodes.look_after_kernels()
             for tensor in outputs:
-                if type(tensor) not in PLAIN_TYPES:
+                if type(tensor) not in self._nodes.plain:
                     program.foreign = type(tensor).__name__
                     break
                 number = self._nodes.consume(tensor)

@@ -134,6 +134,16 @@ def format_seconds(seconds: float) -> str:
     return f"{sign}{_three_digits(size)} s"
 
 
+def format_rate(per_second: float, unit: str) -> str:
+    """Three significant digits with a power of ten: ``165 TFLOP/s``, ``51.2 GB/s``."""
+    size = per_second
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if size < 999.5 or prefix == "P":
+            break
+        size /= 1000
+    return f"{_three_digits(size)} {prefix}{unit}/s"
+
+
 def _three_digits(size: float) -> str:
     """``size`` from 0 to 999.5, or more, with three significant digits and no exponent."""
     if size >= 99.95:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from memfit._version import __version__
-from memfit.cli import doctor, plan, run
+from memfit.cli import doctor, frontier, largest, plan, run
 from memfit.errors import BudgetError, InfeasibleBudgetError, MemfitError, PlanError, UsageError
 
 __all__ = ["EXIT_ERROR", "EXIT_INFEASIBLE", "EXIT_USAGE", "VERBS", "build_parser", "main"]
@@ -21,7 +21,7 @@ EXIT_USAGE = 2
 EXIT_INFEASIBLE = 3
 EXIT_INTERRUPTED = 130
 
-VERBS = {"run": run, "plan": plan, "doctor": doctor}
+VERBS = {"run": run, "plan": plan, "frontier": frontier, "max": largest, "doctor": doctor}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,14 +7,20 @@ import json
 import os
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from memfit import host
 from memfit._version import __version__
-from memfit.units import format_bytes
+from memfit.errors import CalibrationError
+from memfit.hardware import load_record, record_path, save_record
+from memfit.units import format_bytes, format_rate, format_seconds
 
-EPILOG = ""
+EPILOG = """\
+`--calibrate` stores what it measures in $XDG_CACHE_HOME/memfit/hardware.json, or in ~/.cache/memfit; plans for the
+device `here` use it. Nothing else should run on the machine meanwhile.
+"""
 
 _PACKAGES = ("torch", "highspy", "transformers", "accelerate", "peft", "sentence-transformers", "deepspeed")
 
@@ -22,10 +28,21 @@ _PACKAGES = ("torch", "highspy", "transformers", "accelerate", "peft", "sentence
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `memfit doctor`."""
     parser.add_argument("--json", action="store_true", help="the same as JSON, raw bytes")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="first measure matrix products, attention, copies and the link to the host, and store that (under 30 s)",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Print what was found."""
+    """Print what was found, after measuring if asked.
+
+    Raises:
+        CalibrationError: What was measured cannot be stored, or there is no torch to measure with.
+    """
+    if arguments.calibrate:
+        _calibrate()
     facts = examine()
     print(json.dumps(facts, indent=2) if arguments.json else render(facts))
     return 0
@@ -50,11 +67,30 @@ def examine() -> dict[str, Any]:
             "tcmalloc": library,
         },
         "gpus": _gpus(),
+        **_calibration(),
     }
     run_allocator = "tcmalloc" if host.preload_candidate() else host.allocator()
     facts["uses"] = {"device": "cuda" if facts["gpus"] else "cpu", "allocator_in_run": run_allocator}
     facts["advice"] = _advice(facts)
     return facts
+
+
+def _calibrate() -> None:
+    if _version("torch") is None:
+        raise CalibrationError(str(record_path()), "torch is needed to measure: install it with `pip install torch`.")
+    from memfit.calibration import calibrate
+
+    record = calibrate(progress=lambda what: print(f"memfit: measuring {what}", file=sys.stderr))
+    print(f"memfit: calibration written to {save_record(record)}", file=sys.stderr)
+
+
+def _calibration() -> dict[str, Any]:
+    """The record of the last calibration, and what is wrong with it where it cannot be read."""
+    try:
+        record = load_record()
+    except CalibrationError as error:
+        return {"calibration": None, "calibration_error": str(error)}
+    return {"calibration": None if record is None else asdict(record), "calibration_error": None}
 
 
 def _version(name: str) -> str | None:
@@ -105,6 +141,11 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             advice.append(
                 f"`memfit run` starts scripts under tcmalloc; elsewhere set `LD_PRELOAD={cpu['tcmalloc']}` yourself."
             )
+    record = facts["calibration"]
+    if facts["calibration_error"] is not None:
+        advice.append(facts["calibration_error"])
+    elif record is not None and facts["gpus"] and record["device"] != facts["gpus"][0]["name"]:
+        advice.append(f"The calibration is of {record['device']}: run `memfit doctor --calibrate` again.")
     if not cpu["peak_can_be_reset"]:
         advice.append(
             "The kernel does not reset the peak of the resident set here (/proc/self/clear_refs): "
@@ -134,6 +175,31 @@ def render(facts: dict[str, Any]) -> str:
         rows.append(("gpu", "none that torch can use"))
     peak = "reserved bytes of the caching allocator" if uses["device"] == "cuda" else "resident set of the process"
     rows.append(("uses", f"{uses['device']}; a budget bounds the {peak}"))
+    rows += _calibration_rows(facts["calibration"])
     rows += [("advice", advice) for advice in facts["advice"]]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _calibration_rows(record: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What was measured, or how to measure it."""
+    if record is None:
+        return [("calibrated", "no: `memfit doctor --calibrate` measures this machine in under 30 s")]
+    hardware = record["hardware"]
+    rates = hardware["matmul_flops_per_second"]
+    attention = hardware["attention_efficiency"] * rates["bf16" if hardware["backend"] == "cuda" else "fp32"]
+    matmul = ", ".join(f"{name} {format_rate(rate, 'FLOP')}" for name, rate in rates.items())
+    copy = hardware["memory_bytes_per_second"]
+    others = [
+        f"copy {format_rate(copy, 'B')}",
+        f"element-wise {format_rate(copy * hardware['elementwise_efficiency'], 'B')}",
+        f"launch {format_seconds(hardware['launch_seconds'])}",
+    ]
+    if hardware["host_link_bytes_per_second"] is not None:
+        others.insert(1, f"host link {format_rate(hardware['host_link_bytes_per_second'], 'B')}")
+    threads = f"{record['num_threads']} {'thread' if record['num_threads'] == 1 else 'threads'}"
+    return [
+        ("calibrated", f"on {record['date']}, {record['device']}, {threads}, torch {record['torch']}"),
+        ("measured", f"matmul {matmul}; attention {format_rate(attention, 'FLOP')}"),
+        ("measured", ", ".join(others)),
+    ]

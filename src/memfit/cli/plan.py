@@ -1,4 +1,4 @@
-"""Plan a training step without training: what it would save and recompute, and what that costs."""
+"""Plan a training step without training: does it fit, what would it save and recompute, what does that cost?"""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from memfit.cli.forecasting import MODEL_HELP, add_step, check, device_options, forecaster
 from memfit.cli.options import add_budget, rank, read_budget
 from memfit.errors import UsageError
 
+if TYPE_CHECKING:
+    from memfit.forecast import Forecast
+
 EPILOG = """\
+A model is planned from its code on fake tensors: no weights, no device. The peak is given as low, expected and high;
+it fits where the highest does (exit status 0, else 3). `FILE.py:FUNCTION` is planned on this machine, by one real step,
+unless `--gpu` says for what to predict it.
+
 `build()` returns (model, batch) or (model, batch, loss). The batch is passed as the training loop would: a mapping as
 keywords, a tuple as positions. `loss(output, batch)` gives the scalar; by default `output.loss`.
 
@@ -23,34 +31,49 @@ A plan holds for as many ranks as it was made by: under `torchrun`, `build()` jo
 shards the model, and rank 0 writes the plan.
 
 examples:
+  memfit plan llama-3-8b --batch 4 --seq 2048 --lora 16 --gpu rtx4090
+  memfit plan ./my-model --task embedder --batch 32 --seq 512 --gpu a100-40gb --budget 30GiB --json
   memfit plan train.py:build --budget 6GiB -o plan.json
   torchrun --nproc-per-node 2 -m memfit plan train.py:build --budget 6GiB -o plan.json
 """
 
+EXIT_TOO_LARGE = 3
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `memfit plan`."""
-    parser.add_argument("target", metavar="FILE.py:FUNCTION", help="function that builds the model and a batch")
+    parser.add_argument(
+        "target", metavar="MODEL | FILE.py:FUNCTION", help=f"{MODEL_HELP}; or a function that builds one and a batch"
+    )
     add_budget(parser)
-    parser.add_argument("--optimizer", metavar="NAME", help="optimizer whose state to reserve, such as `sgd`")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    add_step(parser)
+    parser.add_argument("--explain", action="store_true", help="of a model: how many FLOPs a step has, and why")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the plan for `memfit run --plan FILE`")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Build, plan, print."""
     options = read_budget(arguments)
-    if arguments.optimizer is not None:
-        options["optimizer"] = arguments.optimizer
+    check(arguments)
     if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
         raise UsageError(f"There is no folder for `-o {arguments.output}`.")
+    if arguments.target.endswith(".py"):
+        raise UsageError(f"`{arguments.target}` does not name a function: write `{arguments.target}:build`.")
+    if not _is_function(arguments.target):
+        return _predict(arguments, forecaster(arguments, arguments.target)(arguments.batch, arguments.seq))
     built = _load(arguments.target)()
     if not isinstance(built, tuple) or len(built) not in (2, 3):
         raise UsageError(
             f"`{arguments.target}` returned {type(built).__name__}: return (model, batch) or (model, batch, loss)."
         )
+    if arguments.optimizer is not None:
+        options["optimizer"] = arguments.optimizer
     if len(built) == 3:
         options["loss"] = built[2]
+    if arguments.gpu is not None:
+        from memfit.forecast import Forecast
+
+        return _predict(arguments, Forecast(built[0], built[1], loss=options.get("loss"), **device_options(arguments)))
     first = rank() == 0
     if first:
         print("memfit: planning one training step", file=sys.stderr)
@@ -65,6 +88,30 @@ def execute(arguments: argparse.Namespace) -> int:
         print(f"memfit: plan written to {arguments.output}", file=sys.stderr)
     print(json.dumps(json.loads(plan.to_json()), indent=2) if arguments.json else render_plan(plan))
     return 0
+
+
+def _predict(arguments: argparse.Namespace, forecast: Forecast) -> int:
+    if arguments.policy is not None or arguments.every_n_layers is not None:
+        raise UsageError(
+            "A prediction shows every switch beside the plan: leave `--policy` and `--every-n-layers` out."
+        )
+    prediction = forecast.within(arguments.budget)
+    if arguments.output is not None:
+        prediction.plan.save(arguments.output)
+        print(f"memfit: plan written to {arguments.output}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(prediction.to_dict(), indent=2, allow_nan=False))
+    else:
+        from memfit.report.forecast import render_prediction
+
+        print(render_prediction(prediction, explain=arguments.explain))
+    return 0 if prediction.fits else EXIT_TOO_LARGE
+
+
+def _is_function(target: str) -> bool:
+    """Whether a target names a function, not a model: `train.py:build`, `package.module:build`."""
+    place, colon, name = target.rpartition(":")
+    return bool(colon) and name.isidentifier() and bool(place) and not os.path.exists(target)
 
 
 def _load(target: str) -> Callable[[], Any]:

@@ -1,0 +1,97 @@
+"""Options of the verbs that predict a step of a model without running it: `plan`, `frontier`, `max`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from memfit.errors import UsageError
+from memfit.hardware import parse_gpus
+from memfit.units import parse_budget
+
+if TYPE_CHECKING:
+    from memfit.forecast import Forecast
+
+TASKS = ("causal-lm", "embedder", "reranker", "classification", "seq2seq", "image")
+DTYPES = ("fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed")
+MODEL_HELP = "a known model (`llama-3-8b`), a folder or `config.json`, or a name on the Hub"
+
+
+def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
+    """What is trained, on what.
+
+    Args:
+        parser: Of the verb.
+        batch: Whether batch and length have defaults; else they are ``None`` unless given.
+    """
+    step = parser.add_argument_group("the step")
+    step.add_argument(
+        "--batch", type=int, metavar="N", default=1 if batch else None, help="rows of each device's batch"
+    )
+    step.add_argument("--seq", type=int, metavar="N", default=512 if batch else None, help="tokens of a row")
+    step.add_argument("--task", choices=TASKS, help="by default what the configuration is for")
+    step.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights; `-mixed`: fp32 with autocast")
+    step.add_argument("--attention", metavar="NAME", help="transformers' attention: `sdpa` (default) or `eager`")
+    step.add_argument("--padded", action="store_true", help="rows have padding, so that attention gets a mask")
+    step.add_argument("--lora", type=int, metavar="RANK", help="train LoRA adapters (PEFT) instead of the weights")
+    step.add_argument("--lora-targets", metavar="A,B", help="modules with adapters; all linear layers by default")
+    step.add_argument("--lora-dropout", type=float, default=0.0, metavar="P", help="dropout of the adapters")
+    step.add_argument("--freeze", metavar="A,B", help="parts of parameter names that do not train")
+    step.add_argument("--optimizer", metavar="NAME", help="`adamw` (default), `adamw_8bit`, `adafactor`, `sgd`")
+    step.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
+    step.add_argument("--group", type=int, default=8, metavar="N", help="passages for each query: embedder, reranker")
+    step.add_argument("--trust-remote-code", action="store_true", help="run the code that a configuration brings")
+    device = parser.add_argument_group("the device")
+    device.add_argument("--gpu", "--gpus", metavar="NAME", help="such as `rtx4090`, `a100-40gb`, `8xh100`, `here`")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what needs no torch to be refused.
+
+    Raises:
+        UsageError: A number or a device that cannot be.
+        BudgetError: The budget cannot be read.
+    """
+    for name in ("batch", "seq", "accumulate", "group", "lora"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"`--{name} {value}` is below 1.")
+    if not 0 <= arguments.lora_dropout < 1:
+        raise UsageError(f"`--lora-dropout {arguments.lora_dropout}` is no probability below 1.")
+    parse_budget(getattr(arguments, "budget", None))
+    if arguments.gpu is not None:
+        parse_gpus(arguments.gpu)
+
+
+def forecaster(arguments: argparse.Namespace, model: str) -> Callable[[int, int], Forecast]:
+    """From a batch and a length to the forecast of a step."""
+    from memfit import configurations
+    from memfit.forecast import Forecast
+
+    config = configurations.load(model, trust_remote_code=arguments.trust_remote_code)
+    options: dict[str, Any] = {
+        "precision": arguments.dtype,
+        "attention": arguments.attention,
+        "padded": arguments.padded,
+        "lora": arguments.lora,
+        "lora_targets": arguments.lora_targets.split(",") if arguments.lora_targets else None,
+        "lora_dropout": arguments.lora_dropout,
+        "freeze": arguments.freeze.split(",") if arguments.freeze else (),
+        "group": arguments.group,
+    }
+    return lambda batch, length: Forecast(
+        config, **device_options(arguments), task=arguments.task, batch_size=batch, length=length, **options
+    )
+
+
+def device_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `Forecast` that do not depend on what is trained."""
+    count, entry = parse_gpus(arguments.gpu or "cpu")
+    return {
+        "device": entry,
+        "num_devices": count,
+        "optimizer": arguments.optimizer or "adamw",
+        "accumulate": arguments.accumulate,
+    }

@@ -1,0 +1,85 @@
+"""The largest batch that fits, or with `--batch` the longest sequence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+from memfit.cli.forecasting import MODEL_HELP, add_step, check, forecaster
+from memfit.errors import UsageError
+
+EPILOG = """\
+Without `--seq` the longest sequence is looked for, in steps of 64 tokens; without `--batch` the largest batch.
+
+examples:
+  memfit max llama-3-8b --seq 4096 --lora 16 --gpu rtx4090
+  memfit max llama-3-8b --batch 1 --lora 16 --gpu rtx4090
+"""
+EXIT_TOO_LARGE = 3
+MAX_BATCH = 65536
+TOKENS = 64
+"""A sequence is a multiple of that many."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `memfit max`."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--budget", metavar="BYTES", help="limit on the peak; the device's memory by default")
+    add_step(parser, batch=False)
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Double until it does not fit, then halve the interval."""
+    check(arguments)
+    if (arguments.batch is None) == (arguments.seq is None):
+        raise UsageError("Give `--seq N` for the largest batch, or `--batch N` for the longest sequence.")
+    forecast = forecaster(arguments, arguments.model)
+    by_batch = arguments.batch is None
+
+    def fits(number: int) -> bool:
+        step = (number, arguments.seq) if by_batch else (arguments.batch, number * TOKENS)
+        found = forecast(*step).within(arguments.budget).fits
+        print(f"memfit: batch {step[0]}, {step[1]} tokens: {'fits' if found else 'too large'}", file=sys.stderr)
+        return found
+
+    limit = MAX_BATCH if by_batch else _positions(arguments) // TOKENS
+    best = largest(fits, limit)
+    if best == 0:
+        smallest = "a batch of 1" if by_batch else f"a sequence of {TOKENS} tokens"
+        print(f"memfit: not even {smallest} fits", file=sys.stderr)
+        return EXIT_TOO_LARGE
+    step = (best, arguments.seq) if by_batch else (arguments.batch, best * TOKENS)
+    prediction = forecast(*step).within(arguments.budget)
+    if arguments.json:
+        print(json.dumps({"batch": step[0], "seq": step[1], **prediction.to_dict()}, indent=2, allow_nan=False))
+        return 0
+    from memfit.report.forecast import render_prediction
+
+    print(f"{'largest':<10} batch {step[0]}, {step[1]} tokens")
+    print(render_prediction(prediction))
+    return 0
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to ``limit`` that fits, 0 if 1 does not; beyond one that does not, none does."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, min(2 * high, limit) if high < limit else limit + 1
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _positions(arguments: argparse.Namespace) -> int:
+    from memfit import configurations
+
+    config = configurations.load(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or 2**20)

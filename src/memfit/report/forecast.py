@@ -1,0 +1,101 @@
+"""Predictions as text: the answer first, what it consists of, today's switches beside it, and what is not counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from memfit.predictions import Prediction
+from memfit.units import format_bytes, format_seconds
+
+_PARTS = {
+    "weights": "weights, buffers and the batch",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "saved_tensors": "saved by blocks for the backward",
+    "outside_blocks": "outside the blocks: embeddings, logits, loss, temporaries of the optimizer",
+    "workspace": "what that moment works with",
+    "process": "the process itself",
+    "allocator_slack": "held by the allocator beside tensors",
+}
+
+
+def render_prediction(prediction: Prediction, *, explain: bool = False) -> str:
+    """One prediction, without a newline at its end."""
+    peak = prediction.peak
+    sizes = peak.low, peak.expected, peak.high, prediction.budget_bytes
+    low, expected, high, budget = map(format_bytes, sizes)
+    verdict = "fits" if prediction.fits else "too large"
+    lines = [
+        f"{verdict:<10} {prediction.model} on {prediction.device}: at most {high} of {budget}",
+        f"{'peak':<10} {low} – {expected} – {high} (low, expected, high), at the {peak.event}",
+    ]
+    lines += [f"  {format_bytes(peak.parts[key]):>9}  {words}" for key, words in _PARTS.items() if peak.parts.get(key)]
+    tokens = "" if prediction.tokens_per_second is None else f", {prediction.tokens_per_second:,.0f} tokens/s"
+    lines.append(f"{'step':<10} {format_seconds(prediction.step_seconds)}{tokens}")
+    plan = prediction.plan
+    lines.append(
+        f"{'plan':<10} saves {format_bytes(plan.saved_bytes)}, recomputes {format_bytes(plan.recomputed_bytes)} in "
+        f"{format_seconds(plan.recompute_seconds)}"
+    )
+    lines.append(
+        f"{'compute':<10} {prediction.compute_factor:.2f} forwards a step; {prediction.num_trainable:,} of "
+        f"{prediction.num_parameters:,} parameters train"
+    )
+    if explain:
+        lines += _explained(prediction)
+    rows = [(each.name, each.peak_bytes, each.step_seconds) for each in prediction.alternatives]
+    rows.append(("memfit", peak.expected, prediction.step_seconds))
+    lines += ["", *_table(rows, prediction.budget_bytes, fits=prediction.fits)]
+    lines += ["", *(f"not counted: {sentence}" for sentence in prediction.not_counted)]
+    return "\n".join(lines)
+
+
+def render_frontier(predictions: Sequence[Prediction]) -> str:
+    """One row for each peak, from the smallest."""
+    first = predictions[0]
+    header = ("peak", "at most", "step", "tokens/s", "saves", "recomputes")
+    cells = [
+        (
+            format_bytes(each.peak.expected),
+            format_bytes(each.peak.high),
+            format_seconds(each.step_seconds),
+            "" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}",
+            format_bytes(each.plan.saved_bytes),
+            format_bytes(each.plan.recomputed_bytes),
+        )
+        for each in predictions
+    ]
+    title = f"{first.model} on {first.device}, {format_bytes(first.budget_bytes)} and up"
+    return "\n".join([title, *_columns([header, *cells])])
+
+
+def _explained(prediction: Prediction) -> list[str]:
+    """The FLOPs of a step."""
+    counted = prediction.forward_flops + prediction.backward_flops + prediction.recomputed_flops
+    rows = [
+        ("forward", prediction.forward_flops),
+        ("backward", prediction.backward_flops),
+        ("recomputed", prediction.recomputed_flops),
+        ("all", counted),
+    ]
+    return [f"  {flops / 1e12:>9.2f}  TFLOPs {name}, of one micro-batch, counted op by op" for name, flops in rows]
+
+
+def _table(rows: Sequence[tuple[str, int, float]], budget: int, *, fits: bool) -> list[str]:
+    cells = []
+    for name, size, seconds in rows:
+        within = fits if name == "memfit" else size <= budget
+        cells.append((name, format_bytes(size), format_seconds(seconds), "" if within else "does not fit"))
+    return _columns([("switch", "peak", "step", ""), *cells], left={0, 3})
+
+
+def _columns(rows: Sequence[Sequence[str]], left: set[int] | None = None) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = left or set()
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

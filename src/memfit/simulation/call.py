@@ -1,0 +1,73 @@
+"""One block call of a rehearsed step, and what stands for the tensors that autograd would keep of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memfit.programs import Program, Value
+from memfit.simulation.doubles import Template
+from memfit.simulation.recording import FakeRecorder
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """What autograd would have saved: its geometry; the tensor itself if it is a parameter."""
+
+    call: Call
+    index: int
+    value: Value
+    device: torch.device
+    tensor: torch.Tensor | None
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One block call.
+
+    Attributes:
+        tensors: Its arguments, while it runs.
+        parked: What autograd would save, until the forward ends (late drop).
+        outputs: Identity and storage of each tensor that it returned.
+        program: What it ran.
+        op_flops: Of each op of that.
+        input: Which of its arguments is which output of the call before.
+        forward_start: Bytes alive at its entry.
+        forward_seconds, forward_flops: The ledger's, then.
+        backward_start: Bytes alive when its backward began.
+        backward_seconds, backward_flops: The ledger's, then.
+        gradients: Bytes of gradients, then.
+        key: What equal calls share.
+        template: The call that it was passed over for.
+        made: By node, storages of what autograd would have saved.
+        alive: Those of them that are alive when the backward of the step begins: somebody else holds them.
+        input_alive: Whether that holds for its linked input.
+    """
+
+    name: str
+    index: int
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    parked: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[tuple[int, StorageWeakRef]] = field(default_factory=list)
+    recorder: FakeRecorder | None = None
+    hooks: Any = None
+    program: Program | None = None
+    op_flops: list[float] = field(default_factory=list)
+    input: tuple[int, int] | None = None
+    forward_start: int = 0
+    forward_seconds: float = 0.0
+    backward_start: int | None = None
+    backward_seconds: float = 0.0
+    backward_order: int = -1
+    gradients: int = 0
+    key: Hashable = None
+    template: Template | None = None
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+    made: dict[int, StorageWeakRef] = field(default_factory=dict)
+    alive: set[int] = field(default_factory=set)
+    input_alive: bool = False

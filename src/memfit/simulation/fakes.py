@@ -1,0 +1,66 @@
+"""Models and batches without contents, and the libraries that would notice."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+
+def twin(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model with fake parameters and buffers on CPU; call it inside a `FakeTensorMode`. Nothing is copied."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                memo[id(parameter)] = torch.nn.Parameter(_empty(parameter), requires_grad=parameter.requires_grad)
+        for buffer in module._buffers.values():
+            if buffer is not None and id(buffer) not in memo:
+                memo[id(buffer)] = _empty(buffer)
+    made: torch.nn.Module = copy.deepcopy(model, memo)
+    return made
+
+
+def fake_batch(batch: Any) -> Any:
+    """The same batch, its tensors fake and on CPU."""
+    return tree_map(lambda value: _empty(value) if isinstance(value, torch.Tensor) else value, batch)
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype)
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Where tensors are fake and Hugging Face's models do what they do with real ones.
+
+    They look for fake tensors, and then prepare for being compiled: with masks that an eager step does not make. And
+    they look at position ids to see whether sequences are packed, which those made here are not.
+    """
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
+        if "transformers" in sys.modules:
+            from transformers import masking_utils
+            from transformers.utils import import_utils
+
+            stack.enter_context(_replaced(import_utils, "is_fake_tensor", lambda tensor: False))
+            stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    if not hasattr(owner, name):
+        yield
+        return
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,139 @@
+"""What is alive at each moment of a step on fake tensors, and what was computed so far."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from memfit.memory import Meter
+
+OpSeconds = Callable[[str, float, float, torch.dtype], float]
+"""Seconds of an op from its aten name, FLOPs, bytes read and written, and dtype."""
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every op. A storage counts from the op that makes it until nothing holds it any more.
+
+    Attributes:
+        now: Bytes that are alive.
+        peak: The most of them since `reset_peak`.
+        flops: Of all ops so far: a multiplication and an addition are two.
+        seconds: Of all ops so far.
+        looked_at_values: Whether Python asked for a value, which was answered with false or zero.
+    """
+
+    def __init__(self, op_seconds: OpSeconds) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self.flops = 0.0
+        self.seconds = 0.0
+        self.looked_at_values = False
+        self._op_seconds = op_seconds
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def see(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count the storages of tensors that were there before."""
+        for tensor in tensors:
+            self._see(tensor)
+
+    def _see(self, tensor: torch.Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return False
+        size = storage.nbytes()
+
+        def gone(_: object) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)  # torch keeps the Python object as long as the storage lives
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        return True
+
+    def reset_peak(self) -> None:
+        """Begin a new peak."""
+        self.peak = self.now
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        try:
+            out = func(*args, **kwargs)
+        except DataDependentOutputException:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            return self._value_of(args[0])
+        results = [out] if isinstance(out, torch.Tensor) else out if isinstance(out, (tuple, list)) else ()
+        made = [self._see(result) for result in results if isinstance(result, torch.Tensor)]
+        if any(made) or func._schema.is_mutable:
+            self._count(func, args, kwargs, out)
+        return out
+
+    def _value_of(self, tensor: torch.Tensor) -> Any:
+        """Nobody knows: false, or zero. So a mask does have padding, where a model asks whether it has none."""
+        self.looked_at_values = True
+        return False if tensor.dtype is torch.bool else 0.0 if tensor.dtype.is_floating_point else 0
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        formula = flop_registry.get(func._overloadpacket)
+        flops = float(formula(*args, **kwargs, out_val=out)) if formula is not None else 0.0
+        tensors = {id(t): t for t in _tensors((args, kwargs, out))}
+        moved = sum(t.numel() * t.element_size() for t in tensors.values())
+        dtype = next((t.dtype for t in tensors.values() if t.dtype.is_floating_point), torch.float32)
+        self.flops += flops
+        self.seconds += self._op_seconds(func._schema.name, flops, moved, dtype)
+
+
+class LedgerMeter(Meter):
+    """Reads a ledger as the profiler reads a device."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.device = torch.device("cpu")
+        self._ledger = ledger
+
+    def now(self) -> int:
+        return self._ledger.now
+
+    def peak(self) -> int:
+        return self._ledger.peak
+
+    def reset_peak(self) -> None:
+        self._ledger.reset_peak()
+
+    def allocated(self) -> int:
+        return self._ledger.now
+
+    def allocated_peak(self) -> int:
+        return self._ledger.peak
+
+    def release(self) -> None:
+        return
+
+    def total(self) -> int:
+        return 0
+
+    def free(self) -> int:
+        return 0
+
+    def outside(self) -> int:
+        return 0
+
+
+def _tensors(structure: Any) -> list[torch.Tensor]:
+    if isinstance(structure, torch.Tensor):
+        return [structure]
+    if isinstance(structure, (tuple, list)):
+        return [tensor for item in structure for tensor in _tensors(item)]
+    if isinstance(structure, dict):
+        return [tensor for item in structure.values() for tensor in _tensors(item)]
+    return []

@@ -1,0 +1,328 @@
+"""One training step of a model on fake tensors, read as a live step is.
+
+Inside blocks nothing is kept: what autograd would save is written down and made again, empty, when it is asked for. So
+what the ledger shows at a block's entry, in its forward and in its backward, is what lies outside the blocks, without
+any subtraction; and whatever of a block is still alive when the backward begins is held by somebody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memfit import graph
+from memfit.errors import ModelError
+from memfit.profiler import Now, Reading, step_profile
+from memfit.programs import Leaf
+from memfit.signature import output_tensors, parameter_slots, read_arguments
+from memfit.simulation.call import Call, Parked
+from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
+from memfit.simulation.ledger import Ledger
+from memfit.simulation.recording import FakeRecorder
+from memfit.simulation.results import Rehearsed, gradients_at_events, profiles, read, spans
+from memfit.training import TrainingState
+
+_RECORDED = 2
+"""Calls that are recorded before others are passed over for them; the last block of a kind always is."""
+
+
+class Rehearsal:
+    """Hooks on the blocks of a model of fake tensors, for one step."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        blocks: list[tuple[str, torch.nn.Module]],
+        ledger: Ledger,
+        *,
+        doubles: bool = True,
+    ) -> None:
+        """Put them there.
+
+        Args:
+            model: On fake tensors.
+            blocks: From `find_blocks`.
+            ledger: Sees what the step does.
+            doubles: Whether blocks that are as others are passed over (see `doubles`).
+        """
+        self._model = model
+        self._ledger = ledger
+        self._calls: list[Call] = []
+        self._stack: list[Call] = []
+        self._slots = {name: parameter_slots(module) for name, module in blocks}
+        self._num_backward = 0
+        self._loss_peak = 0
+        self._states: TrainingState | None = None
+        self._notes: dict[str, None] = {}
+        self._templates: dict[Hashable, list[Template]] = {}
+        self._kinds = {name: kind_of(module) for name, module in blocks} if doubles else {}
+        self._last = {kind: name for name, kind in self._kinds.items()}  # of each kind: it is always recorded
+        self._trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in blocks}
+        self._modules = dict(blocks)
+        self._hooks = []
+        for name, module in blocks:
+            module.forward = partial(self._forward, name, module.forward)
+            self._hooks.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._after, with_kwargs=True))
+
+    def __enter__(self) -> Rehearsal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        while self._stack:  # the forward failed
+            call = self._stack.pop()
+            if call.recorder is not None:
+                call.recorder.__exit__(None, None, None)
+                call.hooks.__exit__(None, None, None)
+        for module in self._modules.values():
+            del module.forward
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def differs(self) -> bool:
+        """Whether a block ran another program than those that seemed equal to it: then none may be passed over."""
+        return any(len({each.program.key for each in known}) > 1 for known in self._templates.values())
+
+    @property
+    def not_replayable(self) -> set[str]:
+        """Blocks that no recipe can bring back; the step has been read as if they kept nothing."""
+        return {call.name for call in self._calls if call.program is not None and call.program.not_replayable}
+
+    # The blocks
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._stack or not torch.is_grad_enabled():
+                return
+            tensors, rest, _ = read_arguments(args, kwargs, objects=False)
+            call = Call(name, len(self._calls), tensors)
+            call.input = self._linked(tensors)
+            call.forward_start = self._ledger.now
+            call.forward_seconds, call.forward_flops = self._ledger.seconds, self._ledger.flops
+            self._calls.append(call)
+            self._stack.append(call)
+            if name in self._kinds:
+                call.key = key_of(self._kinds[name], tensors, rest)
+                call.template = self._equal(call)
+            if call.template is not None:
+                return
+            leaves = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(tensors)]
+            for (owner, parameter), (kind, dictionary) in self._slots[name].items():
+                leaves.append((Leaf(kind, -1, owner, parameter), dictionary[parameter]))
+            call.recorder = FakeRecorder(leaves, self._ledger)
+            call.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack(call), self._unpack)
+            call.hooks.__enter__()
+            call.recorder.__enter__()
+
+        return before
+
+    def _equal(self, call: Call) -> Template | None:
+        """What a call is passed over for: two have been recorded alike, and one more will be."""
+        known = self._templates.get(call.key) or []
+        if len(known) < _RECORDED or self._last[self._kinds[call.name]] == call.name:
+            return None
+        return known[0] if len({each.program.key for each in known}) == 1 else None
+
+    def _forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._stack[-1] if self._stack else None
+        if call is None or call.name != name or call.template is None:
+            return original(*args, **kwargs)
+        made = call.template
+        self._ledger.seconds += made.seconds
+        self._ledger.flops += made.flops
+        return stand_in(made, [*call.tensors, *self._trained[name]], partial(self._enter_backward, call))
+
+    def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self._stack or self._stack[-1].name not in self._slots:
+            return
+        call = self._stack[-1]
+        if module is not self._module(call.name):
+            return
+        self._stack.pop()
+        outputs = output_tensors(output)
+        call.outputs = [(id(tensor), StorageWeakRef(tensor.untyped_storage())) for tensor in outputs]  # type: ignore[no-untyped-call]
+        recorder, call.recorder = call.recorder, None
+        if recorder is None:
+            assert call.template is not None
+            call.program, call.op_flops = call.template.program, self._calls[call.template.index].op_flops
+        else:
+            recorder.__exit__(None, None, None)
+            call.hooks.__exit__(None, None, None)
+            call.hooks = None
+        if recorder is not None and outputs:
+            custom = {i for node in graph.custom_nodes(outputs, call.tensors) for i in _saved_by(node, call)}
+            with _disable_current_modes():  # numbers that autograd holds are no fake tensors
+                nodes = graph.fingerprint(outputs, call.tensors)
+            call.program = recorder.finish(outputs, nodes, custom)
+            call.op_flops = recorder.flops
+            seconds, flops = self._ledger.seconds - call.forward_seconds, self._ledger.flops - call.forward_flops
+            call.program.forward_seconds = max(seconds, 1e-12)
+            made = template(call.index, call.program, output, seconds=seconds, flops=flops)
+            if made is not None and call.key is not None:
+                self._templates.setdefault(call.key, []).append(made)
+        call.tensors, call.parked = [], []
+        self._ledger.reset_peak()  # what peaked inside is the program's
+
+    def _module(self, name: str) -> torch.nn.Module:
+        return self._model.get_submodule(name)
+
+    def _linked(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
+        if not self._calls:
+            return None
+        before = {number: (place, weak.cdata) for place, (number, weak) in enumerate(self._calls[-1].outputs)}
+        for argument, tensor in enumerate(tensors):
+            place, storage = before.get(id(tensor), (0, None))
+            if storage == tensor.untyped_storage()._cdata:
+                return argument, place
+        return None
+
+    def _pack(self, call: Call) -> Callable[[torch.Tensor], Parked]:
+        recorder = call.recorder
+        assert recorder is not None
+        count = 0
+
+        def pack(tensor: torch.Tensor) -> Parked:
+            nonlocal count
+            alias = tensor.detach()
+            recorder.pack(alias)
+            call.parked.append(alias)
+            saved = recorder.program.saved[-1]
+            node = recorder.program.nodes[saved.value.node]
+            count += 1
+            if node.leaf is not None and node.leaf.kind != "input":
+                return Parked(call, count - 1, saved.value, alias.device, alias)
+            storage = alias.untyped_storage()
+            if node.producer is not None:
+                call.made[saved.value.node] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            return Parked(call, count - 1, saved.value, alias.device, None)
+
+        return pack
+
+    def _unpack(self, parked: Parked) -> torch.Tensor:
+        if parked.call.backward_start is None:
+            self._enter_backward(parked.call)
+        if parked.tensor is not None:
+            return parked.tensor
+        value = parked.value
+        return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=parked.device)
+
+    def _enter_backward(self, call: Call) -> None:
+        ledger = self._ledger
+        if not self._num_backward:
+            self._loss_peak = ledger.peak
+            for each in self._calls:
+                each.alive = {n for n, weak in each.made.items() if not weak.expired()}  # type: ignore[no-untyped-call]
+                if each.input is not None:
+                    weak = self._calls[each.index - 1].outputs[each.input[1]][1]
+                    each.input_alive = not weak.expired()  # type: ignore[no-untyped-call]
+        call.backward_start = ledger.now
+        call.backward_seconds, call.backward_flops = ledger.seconds, ledger.flops
+        call.backward_order = self._num_backward
+        assert self._states is not None
+        call.gradients = self._states.gradient_bytes()
+        self._num_backward += 1
+        ledger.reset_peak()
+
+    # The step
+
+    def run(
+        self,
+        batch: Any,
+        loss: Callable[[], torch.Tensor],
+        optimizer: Callable[[Sequence[torch.Tensor]], Any] | None,
+        *,
+        resident: bool = False,
+    ) -> Rehearsed:
+        """Forward, backward and the optimizer's step.
+
+        Args:
+            batch: Tensors that are there throughout.
+            loss: Calls the model.
+            optimizer: Makes the optimizer of the parameters that train.
+            resident: Whether gradients are there before the forward, as where they are accumulated.
+
+        Raises:
+            ModelError: No block took part in the backward, or the model looks at values.
+        """
+        ledger, model = self._ledger, self._model
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        ledger.see(model.parameters())
+        parameter_bytes = ledger.now
+        ledger.see([*model.buffers(), *_tensors(batch)])
+        self._states = states = TrainingState(model, None, torch.device("cpu"))
+        start = ledger.now
+        buffer_bytes = start - parameter_bytes
+        ledger.reset_peak()
+        flops, seconds = ledger.flops, ledger.seconds
+        value = loss()
+        forward_flops = ledger.flops - flops
+        value.backward()  # type: ignore[no-untyped-call]
+        del value
+        backward_flops = ledger.flops - flops - forward_flops
+        if not self._num_backward:
+            raise ModelError(f"No block of {type(model).__name__} took part in the backward of this loss.")
+        reading = Reading(start_bytes=start, start_gradients=0, start_state=0)
+        reading.loss_peak, reading.end_peak = self._loss_peak, ledger.peak
+        reading.gradients_end, reading.end_bytes = states.gradient_bytes(), ledger.now
+        backward_ended, backward_flops_ended = ledger.seconds, ledger.flops
+        made = optimizer(parameters) if optimizer is not None else None
+        if made is not None:
+            ledger.reset_peak()
+            made.step()  # state is born at its beginning, and there when its temporaries are
+            states.stepped(made)
+            optimizer_bytes, optimizer_seconds = ledger.peak - ledger.now, ledger.seconds - backward_ended
+            reading.optimizer_peak = ledger.peak
+        else:
+            optimizer_bytes, optimizer_seconds = 0, 0.0
+        took = spans(self._calls, self._templates, backward_ended, backward_flops_ended)
+        step_seconds = backward_ended - seconds + optimizer_seconds + sum(extra for _, extra, _ in took.values())
+        backward_flops += sum(extra for _, _, extra in took.values())
+        programs = profiles(self._calls, took)
+        reading.calls = [read(call, self._calls) for call in self._calls]
+        born = states.state_bytes()
+        now = Now(
+            gradients_start=reading.gradients_end if resident else 0,
+            settled_bytes=start + born + (reading.gradients_end if resident else 0),
+            born_bytes=born,
+            state_bytes=born,
+            gradients_end=reading.gradients_end,
+        )
+        profile, _ = step_profile(reading, programs, now, device=torch.device("cpu"), step_seconds=step_seconds)
+        return Rehearsed(
+            profile=profile,
+            op_flops={c.program.key: c.op_flops for c in self._calls if c.program is not None},
+            parameter_bytes=parameter_bytes,
+            buffer_bytes=buffer_bytes,
+            gradient_bytes=reading.gradients_end,
+            state_bytes=born,
+            loss_bytes=self._loss_peak - start,
+            optimizer_bytes=optimizer_bytes,
+            forward_flops=forward_flops,
+            backward_flops=backward_flops,
+            step_seconds=step_seconds,
+            optimizer_seconds=optimizer_seconds,
+            looked_at_values=ledger.looked_at_values,
+            notes=tuple(self._notes),
+            gradients=gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident),
+        )
+
+
+def _saved_by(node: Any, call: Call) -> set[int]:
+    """Which of a call's saved tensors a custom autograd Function saved."""
+    raw = getattr(node, "_raw_saved_tensors", ()) or ()
+    parked = [getattr(saved, "data", None) for saved in raw]
+    return {each.index for each in parked if isinstance(each, Parked) and each.call is call}
+
+
+def _tensors(structure: Any) -> list[torch.Tensor]:
+    if isinstance(structure, torch.Tensor):
+        return [structure]
+    if isinstance(structure, Mapping):
+        structure = list(structure.values())
+    return [t for item in structure for t in _tensors(item)] if isinstance(structure, (list, tuple)) else []

@@ -1,0 +1,144 @@
+"""From the calls of a rehearsed step to what the solver and reports take."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from memfit.costs import profile_program
+from memfit.links import input_node
+from memfit.profiler import CallReading
+from memfit.profiles import Link, ProgramProfile, StepProfile
+from memfit.simulation.call import Call
+from memfit.simulation.doubles import Template
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsed:
+    """What a step showed.
+
+    Attributes:
+        profile: The solver's input.
+        op_flops: Of each op of each program.
+        parameter_bytes, gradient_bytes, state_bytes: Of the model, and of its optimizer once that has stepped.
+        buffer_bytes: Of the model's buffers and of the batch.
+        loss_bytes: What the loss and the head add at their highest to what is there when the last block has ended.
+        optimizer_bytes: What the optimizer's step adds to what it finds.
+        forward_flops, backward_flops: Of one micro-batch, nothing recomputed.
+        step_seconds: Of the step that recomputes nothing.
+        optimizer_seconds: Of which the optimizer's step.
+        looked_at_values: Whether the model asked for values.
+        notes: What could not be planned for, and why.
+        gradients: At each event of the profile.
+    """
+
+    profile: StepProfile
+    op_flops: dict[str, list[float]]
+    parameter_bytes: int
+    buffer_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    loss_bytes: int
+    optimizer_bytes: int
+    forward_flops: float
+    backward_flops: float
+    step_seconds: float
+    optimizer_seconds: float
+    looked_at_values: bool
+    notes: tuple[str, ...]
+    gradients: tuple[int, ...]
+
+
+def gradients_at_events(calls: Sequence[Call], profile: StepProfile, end: int, *, resident: bool) -> tuple[int, ...]:
+    """What gradients take at each event of a profile.
+
+    Args:
+        calls: Of the step.
+        profile: Of it.
+        end: What they take in the end.
+        resident: Whether they are there from the start.
+    """
+    order = sorted((c for c in calls if c.backward_start is not None), key=lambda c: c.backward_order)
+    backward = iter([c.gradients for c in order if c.program is not None])
+    found = []
+    for event in profile.events:
+        ended = event.name in ("optimizer", "end of backward")
+        now = next(backward) if event.kind == "backward" else end if ended else 0
+        found.append(end if resident else now)
+    return tuple(found)
+
+
+def spans(
+    calls: Sequence[Call], templates: Mapping[Hashable, Sequence[Template]], ended: float, flops_ended: float
+) -> dict[int, tuple[float, float, float]]:
+    """By call: seconds of its backward; and what seconds and FLOPs the ledger lacks, as it was passed over.
+
+    Args:
+        calls: Of the step.
+        templates: What calls were passed over for.
+        ended, flops_ended: The ledger's seconds and FLOPs when the backward had ended.
+    """
+    order = sorted((c for c in calls if c.backward_start is not None), key=lambda c: c.backward_order)
+    seconds = [*(call.backward_seconds for call in order[1:]), ended]
+    flops = [*(call.backward_flops for call in order[1:]), flops_ended]
+    took = {
+        call.index: (end - call.backward_seconds, also - call.backward_flops)
+        for call, end, also in zip(order, seconds, flops, strict=True)
+    }
+    found = {}
+    for call in order:
+        own = took[call.index]
+        # The last of the recorded ones: the first also has what follows the blocks' backward in its span.
+        like = own if call.template is None else took[templates[call.key][1].index]
+        found[call.index] = like[0], like[0] - own[0], like[1] - own[1]
+    return found
+
+
+def profiles(calls: Sequence[Call], took: Mapping[int, tuple[float, float, float]]) -> dict[str, ProgramProfile]:
+    """Of every program: what its recorded calls have in common."""
+    found: dict[str, ProgramProfile] = {}
+    held: dict[str, set[int]] = {}
+    for call in calls:
+        if call.program is not None and call.template is None and call.backward_start is not None:
+            held[call.program.key] = held.get(call.program.key, call.alive) & call.alive
+    for call in calls:
+        program = call.program
+        if program is None or program.key in found or program.key not in held:
+            continue
+        taken = {node.storage for node in program.nodes if node.output or node.leaf is not None}
+        alive = {n for n in held[program.key] if program.nodes[n].storage not in taken}
+        profile = profile_program(program, held=alive)
+        found[program.key] = replace(profile, backward_seconds=took[call.index][0])
+    return found
+
+
+def read(call: Call, calls: Sequence[Call]) -> CallReading:
+    """A call, as a live step would have read it."""
+    replayed = call.program is not None
+    link = None
+    if replayed and call.input is not None and not call.input_alive:
+        link = _link(call, calls)
+    return CallReading(
+        call.name,
+        mode="replay" if replayed else "plain",
+        program=call.program.key if call.program is not None else "",
+        link=link,
+        forward_start=call.forward_start,
+        forward_peak=call.forward_start,
+        backward_start=call.backward_start,
+        gradients=call.gradients,
+        backward_order=call.backward_order,
+    )
+
+
+def _link(call: Call, calls: Sequence[Call]) -> Link | None:
+    assert call.input is not None
+    assert call.program is not None
+    before = calls[call.index - 1].program
+    if before is None:
+        return None
+    linked = input_node(call.program, call.input[0])
+    output = before.outputs[call.input[1]].node
+    if linked is None or (before.nodes[output].leaf is None and not before.nodes[output].recomputable):
+        return None
+    return Link(input=linked, output=output)

@@ -1,0 +1,242 @@
+"""What people train: a model from its configuration, a batch, and the loss. Call these inside `fake_tensors()`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memfit.errors import ModelError, UsageError
+from memfit.simulation.fakes import twin
+
+TASKS = ("causal-lm", "embedder", "reranker", "classification", "seq2seq", "image")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = (*DTYPES, "bf16-mixed", "fp16-mixed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A step to rehearse.
+
+    Attributes:
+        model: On fake tensors, in training mode.
+        batch: Its inputs.
+        loss: Runs the forward.
+        tokens: In the batch; ``None`` where it has none.
+        title: What a report calls the model, if not by its class.
+    """
+
+    model: torch.nn.Module
+    batch: Any
+    loss: Callable[[], torch.Tensor]
+    tokens: int | None
+    title: str = ""
+
+
+def task_of(config: Any) -> str:
+    """The task that a configuration is usually trained for, from its architecture."""
+    names = " ".join(getattr(config, "architectures", None) or ())
+    if "ForSequenceClassification" in names:
+        return "classification"
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    if "ImageClassification" in names or config.model_type in ("vit", "dinov2", "swin"):
+        return "image"
+    causal = "CausalLM" in names or "LMHead" in names
+    return "causal-lm" if causal or getattr(config, "is_decoder", False) else "embedder"
+
+
+def build(
+    config: Any,
+    *,
+    task: str,
+    batch_size: int,
+    length: int,
+    precision: str = "fp32",
+    attention: str | None = None,
+    lora: int | None = None,
+    lora_targets: Sequence[str] | None = None,
+    lora_dropout: float = 0.0,
+    freeze: Iterable[str] = (),
+    padded: bool = False,
+    group: int = 8,
+    temperature: float = 0.02,
+) -> Job:
+    """A model of a configuration, and one batch of the task.
+
+    Args:
+        config: A configuration of transformers.
+        task: One of `TASKS`.
+        batch_size: Rows; for an embedder queries, for a reranker queries too, each with ``group`` passages.
+        length: Tokens of each row.
+        precision: One of `PRECISIONS`: of the weights; mixed ones keep them in fp32 and autocast.
+        attention: As transformers' ``attn_implementation``.
+        lora: Rank of LoRA adapters (PEFT's), if any.
+        lora_targets: Names of the modules that get adapters; all linear layers of the blocks by default.
+        lora_dropout: Of the adapters.
+        freeze: Parts of parameter names that do not train.
+        padded: Whether rows are padded, so that attention has a mask.
+        group: Passages for each query.
+        temperature: Of the contrastive loss.
+
+    Raises:
+        UsageError: No such task or precision; a length beyond the model's positions; targets that match nothing.
+        ModelError: The configuration has no model for the task.
+    """
+    if task not in TASKS:
+        raise UsageError(f"There is no task `{task}`. Known are {', '.join(f'`{t}`' for t in TASKS)}.")
+    if precision not in PRECISIONS:
+        raise UsageError(f"There is no dtype `{precision}`. Known are {', '.join(f'`{p}`' for p in PRECISIONS)}.")
+    for name, value in (("batch", batch_size), ("seq", length), ("group", group)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"`{name}={value}` is not a positive integer.")
+    text = getattr(config, "get_text_config", lambda: config)()
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions and task not in ("image",):
+        raise UsageError(
+            f"`seq={length}` is beyond the {positions} positions of this {config.model_type}. Give at most {positions}."
+        )
+    with _disable_current_modes(), torch.device("meta"):  # libraries move modules about, which fake ones cannot be
+        model = _model(config, task, DTYPES.get(precision, torch.float32), attention)
+        title = type(model).__name__
+        if lora is not None:
+            title = f"{title} with LoRA"
+            model = _with_lora(model, lora, lora_targets, lora_dropout)
+    model = twin(model)
+    _freeze(model, freeze)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(f"No parameter of {type(model).__name__} trains: nothing is kept for a backward.")
+    model.train()
+    autocast = _autocast(precision)
+    if task == "embedder":
+        return _embedder(model, title, batch_size, length, group, temperature, autocast)
+    rows = batch_size * group if task == "reranker" else batch_size
+    batch = _batch(config, task, rows, length, padded, DTYPES.get(precision, torch.float32))
+
+    def loss() -> torch.Tensor:
+        with autocast():
+            output = model(**batch)
+        if task == "reranker":
+            scores = output.logits.view(batch_size, group)
+            return torch.nn.functional.cross_entropy(scores.float(), torch.zeros(batch_size, dtype=torch.long))
+        found: torch.Tensor = output.loss
+        return found
+
+    tokens = None if task == "image" else rows * length
+    return Job(model=model, batch=batch, loss=loss, tokens=tokens, title=title)
+
+
+def _model(config: Any, task: str, dtype: torch.dtype, attention: str | None) -> torch.nn.Module:
+    import transformers
+
+    config.use_cache = False
+    kinds = {
+        "causal-lm": "AutoModelForCausalLM",
+        "embedder": "AutoModel",
+        "reranker": "AutoModelForSequenceClassification",
+        "classification": "AutoModelForSequenceClassification",
+        "seq2seq": "AutoModelForSeq2SeqLM",
+        "image": "AutoModelForImageClassification",
+    }
+    if task == "reranker":
+        config.num_labels = 1
+    if task in ("reranker", "classification") and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0
+    kind = kinds[task]
+    if task == "seq2seq" and config.model_type == "whisper":
+        kind = "AutoModelForSpeechSeq2Seq"
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        made: torch.nn.Module = getattr(transformers, kind).from_config(config, dtype=dtype, **options)
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"transformers has no {task} model for `{config.model_type}`: {first}") from error
+    return made
+
+
+def _with_lora(model: torch.nn.Module, rank: int, targets: Sequence[str] | None, dropout: float) -> torch.nn.Module:
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise UsageError("LoRA needs PEFT: `pip install peft`.") from None
+    if rank < 1:
+        raise UsageError(f"`lora={rank}` is no rank. Give a positive integer.")
+    chosen: Any = list(targets) if targets else "all-linear"
+    try:
+        made: torch.nn.Module = peft.get_peft_model(
+            model,
+            peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=chosen),
+        )
+    except ValueError as error:
+        raise UsageError(f"LoRA found nothing to adapt: {str(error).splitlines()[0]}") from error
+    return made
+
+
+def _freeze(model: torch.nn.Module, parts: Iterable[str]) -> None:
+    for part in parts:
+        named = [p for name, p in model.named_parameters() if part in name]
+        if not named:
+            raise UsageError(f"`freeze` names `{part}`, which is part of no parameter's name.")
+        for parameter in named:
+            parameter.requires_grad_(False)
+
+
+def _autocast(precision: str) -> Callable[[], Any]:
+    if not precision.endswith("-mixed"):
+        return contextlib.nullcontext
+    dtype = DTYPES[precision.removesuffix("-mixed")]
+    return lambda: torch.autocast("cpu", dtype=dtype)
+
+
+def _batch(config: Any, task: str, rows: int, length: int, padded: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    if task == "image":
+        size = getattr(config, "image_size", 224)
+        pixels = torch.empty(rows, getattr(config, "num_channels", 3), size, size, dtype=dtype)
+        return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
+    tokens = torch.zeros(rows, length, dtype=torch.long)
+    if config.model_type == "whisper":
+        frames = 2 * config.max_source_positions
+        return {"input_features": torch.empty(rows, config.num_mel_bins, frames, dtype=dtype), "labels": tokens}
+    batch = {"input_ids": tokens}
+    if padded or task == "reranker":
+        batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+    if task in ("causal-lm", "seq2seq"):
+        batch["labels"] = tokens.clone()
+    elif task == "classification":
+        batch["labels"] = torch.zeros(rows, dtype=torch.long)
+    return batch
+
+
+def _embedder(
+    model: torch.nn.Module,
+    title: str,
+    batch_size: int,
+    length: int,
+    group: int,
+    temperature: float,
+    autocast: Callable[[], Any],
+) -> Job:
+    """Queries, then passages, through one encoder; every passage of the batch is a candidate for every query."""
+    batch = {
+        name: {
+            "input_ids": torch.zeros(rows, length, dtype=torch.long),
+            "attention_mask": torch.ones(rows, length, dtype=torch.long),
+        }
+        for name, rows in (("query", batch_size), ("passages", batch_size * group))
+    }
+
+    def encode(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with autocast():
+            hidden = model(**inputs).last_hidden_state[:, 0]
+        return torch.nn.functional.normalize(hidden, dim=-1)
+
+    def loss() -> torch.Tensor:
+        query, passages = encode(batch["query"]), encode(batch["passages"])
+        scores = query @ passages.T / temperature
+        return torch.nn.functional.cross_entropy(scores.float(), torch.arange(batch_size) * group)
+
+    return Job(model=model, batch=batch, loss=loss, tokens=batch_size * (1 + group) * length, title=title)
