@@ -24,6 +24,7 @@ NAMES = [
     "__version__",
     "apply",
     "fit",
+    "linear_cross_entropy",
     "plan",
 ]
 

@@ -15,6 +15,7 @@ from memfit._version import __version__
 
 if TYPE_CHECKING:
     from memfit.autopilot import apply, fit, plan
+    from memfit.chunked import linear_cross_entropy
     from memfit.errors import (
         BudgetError,
         InfeasibleBudgetError,
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "apply",
     "fit",
+    "linear_cross_entropy",
     "plan",
 ]
 
@@ -47,6 +49,7 @@ _HOMES = {
     "fit": "memfit.autopilot",
     "plan": "memfit.autopilot",
     "apply": "memfit.autopilot",
+    "linear_cross_entropy": "memfit.chunked",
     "Handle": "memfit.handle",
     "Plan": "memfit.plans",
     "MemfitError": "memfit.errors",

@@ -48,6 +48,17 @@ def check_choice(*, budget: object, policy: object, every_n_layers: object, plan
         )
 
 
+def check_chunked_loss(chunked_loss: object) -> bool:
+    """Refuse what does not say whether.
+
+    Raises:
+        UsageError: Naming the value.
+    """
+    if isinstance(chunked_loss, bool):
+        return chunked_loss
+    raise UsageError(f"`chunked_loss={_shown(chunked_loss)}` is not known. Write `True` or `False`.")
+
+
 def check_optimizer(optimizer: object) -> None:
     """Refuse what is neither an optimizer nor the name of one.
 
