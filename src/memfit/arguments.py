@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -48,15 +48,18 @@ def check_choice(*, budget: object, policy: object, every_n_layers: object, plan
         )
 
 
-def check_chunked_loss(chunked_loss: object) -> bool:
-    """Refuse what does not say whether.
+def check_chunked_loss(chunked_loss: object, *, auto: bool = True) -> bool | Literal["auto"]:
+    """Refuse what does not say whether; ``auto``: whether that may be left to the solver.
 
     Raises:
         UsageError: Naming the value.
     """
     if isinstance(chunked_loss, bool):
         return chunked_loss
-    raise UsageError(f"`chunked_loss={_shown(chunked_loss)}` is not known. Write `True` or `False`.")
+    if auto and chunked_loss == "auto":
+        return "auto"
+    choice = "`True`, `False` or `auto`" if auto else "`True` or `False`"
+    raise UsageError(f"`chunked_loss={_shown(chunked_loss)}` is not known here. Write {choice}.")
 
 
 def check_optimizer(optimizer: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -36,7 +36,7 @@ def fit(
     blocks: BlockChoice | None = None,
     optimizer: Any = None,
     plan: Plan | None = None,
-    chunked_loss: bool = False,
+    chunked_loss: bool | Literal["auto"] = False,
 ) -> Handle:
     """Fit a model's training step into a budget; then train as before.
 
@@ -55,6 +55,7 @@ def fit(
         plan: A plan made before, by `plan`.
         chunked_loss: Compute the loss of a Hugging Face language model in chunks of tokens, so that its logits are
             never there as a whole. It changes the order of sums, and is left out where the report says why.
+            ``"auto"``: after the first step, if that saves recomputation, or the budget cannot be held without it.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -138,6 +139,7 @@ def plan(
         ModelError: As `fit`; or the loss is not a scalar tensor.
     """
     check_loss(loss)
+    check_chunked_loss(chunked_loss, auto=False)
     if budget is None and policy is None and every_n_layers is None:
         policy = "plain"
     handle = fit(

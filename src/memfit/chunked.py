@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memfit.errors import UsageError
 
@@ -77,9 +76,7 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, labels, bias, label_smoothing, softcap, chunk_tokens)
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    kind = hidden.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    dtype = logits_dtype(hidden)
+    autocast, dtype = autocasts(hidden), logits_dtype(hidden)
     if not autocast and (weight.dtype != dtype or (bias is not None and bias.dtype != dtype)):
         raise UsageError(f"`hidden` is {dtype} and the head {weight.dtype}: give both the same dtype, or use autocast.")
     num_tokens, vocab = flat.shape[0], weight.shape[0]
@@ -98,16 +95,21 @@ def linear_cross_entropy(
         gradients=torch.is_grad_enabled(),
     )
     if autocast:
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             return _apply(flat, weight, bias, targets, divisor, options)
     return _apply(flat, weight, bias, targets, divisor, options)
 
 
+def autocasts(hidden: Tensor) -> bool:
+    """Whether autocast is on where a tensor is."""
+    kind = hidden.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def logits_dtype(hidden: Tensor) -> torch.dtype:
     """In which a head computes here and now: that of its input, or autocast's."""
-    kind = hidden.device.type
-    autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+    casts = autocasts(hidden) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(hidden.device.type) if casts else hidden.dtype
 
 
 def choose_chunk_tokens(num_tokens: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
@@ -216,27 +218,50 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.masked_fill_(ignored, 0).sum() / divisor
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        divisor, hidden, bias, *weight = ctx.saved_tensors
-        # A graph that is kept may be walked again: its sums stay as they are. Else they become the gradients, and
-        # nobody else may hold them, or autograd would copy them into `.grad`.
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        ctx.maybe_clear_saved_tensors()
-        scale = gradient / divisor if ctx.late else gradient
-        # On other devices reading it would wait for them. A fake tensor has no value to read.
-        is_one = type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1.0
-        dtypes = ctx.dtypes
-        parts: list[Tensor] = []
-        weight.reverse()
-        while weight:
-            parts.append(_scaled(weight.pop(), None if is_one else scale, dtypes[1], keep=kept))
-        return (
-            None if hidden is None else _scaled(hidden, None if is_one else scale, dtypes[0], keep=kept),
-            None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts),
-            None if bias is None else _scaled(bias, None if is_one else scale, dtypes[2], keep=kept),
-            *[None] * 3,
+        with torch.no_grad():
+            found = _gradients(ctx, gradient)
+        if torch.is_grad_enabled():  # `create_graph`: as constants they would have other derivatives than they have
+            found = [t if t is None else _Once.apply(t.requires_grad_()) for t in found]  # type: ignore[no-untyped-call]
+        return *found, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Not `once_differentiable`: that takes gradients for constants where the incoming one is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise UsageError(
+            "The chunked loss computes its gradients in the forward pass and has no second derivative. Use the plain "
+            "loss for it: `chunked_loss=False`, or `torch.nn.functional.cross_entropy`."
         )
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> list[Tensor | None]:
+    """Of hidden states, head and bias, for the incoming gradient of the loss."""
+    divisor, hidden, bias, *weight = ctx.saved_tensors
+    # A graph that is kept may be walked again: its sums stay as they are. Else they become the gradients, and nobody
+    # else may hold them, or autograd would copy them into `.grad`.
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    ctx.maybe_clear_saved_tensors()
+    scale = gradient / divisor if ctx.late else gradient
+    # On other devices reading it would wait for them. A fake tensor has no value to read.
+    is_one = type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1.0
+    factor = None if is_one else scale
+    of_hidden, of_weight, of_bias = ctx.dtypes
+    parts: list[Tensor] = []
+    weight.reverse()
+    while weight:
+        parts.append(_scaled(weight.pop(), factor, of_weight, keep=kept))
+    return [
+        None if hidden is None else _scaled(hidden, factor, of_hidden, keep=kept),
+        None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts),
+        None if bias is None else _scaled(bias, factor, of_bias, keep=kept),
+    ]
 
 
 def _scaled(values: Tensor, scale: Tensor | None, dtype: torch.dtype, *, keep: bool) -> Tensor:
@@ -359,6 +384,8 @@ def _add_product(total: Tensor, gradient: Tensor, chunk: Tensor, wide: Tensor | 
 @functools.cache
 def _sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether half-precision matrices can be multiplied into an fp32 sum here; tried once, with sums that need fp32."""
+    if device.type in ("cpu", "meta"):
+        return False
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = torch.full((16, 16), 2.0**20 + 1.0, device=device)
     try:

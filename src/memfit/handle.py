@@ -58,7 +58,7 @@ class Handle:
         blocks: list[str] | None,
         optimizer: Any,
         device: torch.device,
-        chunked_loss: bool = False,
+        chunked_loss: bool | Literal["auto"] = False,
     ) -> None:
         """Use `fit`."""
         self._model = weakref.ref(model)
@@ -79,9 +79,6 @@ class Handle:
         self._planned_step = False
         self._last_calls: list[dict[str, Any]] = []
         self._modes = Modes(model)
-        self._chunked_loss = ChunkedLoss(model)
-        if chunked_loss:
-            self._chunked_loss.begin()
         self._request = request
         self._measures_only = budget is None and not request.decides
         found = find_blocks(model, blocks)
@@ -111,6 +108,14 @@ class Handle:
             keeper=self.runtime.keeper,
             advise=self.exhaustion.advice_below,
         )
+        self._hooks = [
+            register_optimizer_step_pre_hook(OptimizerHook(self, before=True)),
+            register_optimizer_step_post_hook(OptimizerHook(self, before=False)),
+            model.register_forward_pre_hook(ModelHook(self, before=True)),
+            model.register_forward_hook(ModelHook(self, before=False), always_call=True),
+            model.register_forward_hook(ExhaustionHook(self.exhaustion), always_call=True),
+        ]
+        self._chunked_loss = ChunkedLoss(model, chunked_loss)  # its hooks run after ours, which may have it begin
         self._planning = Planning(
             self._planned,
             decider,
@@ -122,14 +127,8 @@ class Handle:
             self.ranks,
             budget=budget,
             decides=request.decides,
+            chunked_loss=self._chunked_loss,
         )
-        self._hooks = [
-            register_optimizer_step_pre_hook(OptimizerHook(self, before=True)),
-            register_optimizer_step_post_hook(OptimizerHook(self, before=False)),
-            model.register_forward_pre_hook(ModelHook(self, before=True)),
-            model.register_forward_hook(ModelHook(self, before=False), always_call=True),
-            model.register_forward_hook(ExhaustionHook(self.exhaustion), always_call=True),
-        ]
         fitted_models[model] = weakref.ref(self)
 
     def __enter__(self) -> Handle:

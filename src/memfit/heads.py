@@ -8,56 +8,65 @@ what a loss means.
 
 from __future__ import annotations
 
-import inspect
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from memfit.chunked import choose_chunk_tokens, linear_cross_entropy, logits_dtype
+from memfit.causal import given_labels, head_of, language_models, why_other_loss
+from memfit.chunked import autocasts, choose_chunk_tokens, linear_cross_entropy, logits_dtype
 from memfit.compiled import is_compiled
 from memfit.logits import DeferredLogits, Source, aten, defer
 from memfit.sharding import is_sharded
 from memfit.units import format_bytes
 
-_LOSSES = "transformers.loss.loss_utils"
-_LOSS = "ForCausalLMLoss"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class ChunkedLoss:
-    """Of one fitted model."""
+    """Of one fitted model.
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        """Not at work before `begin`."""
+    Attributes:
+        left: Why it was left undecided whether to begin; "" where it was not.
+    """
+
+    def __init__(self, model: torch.nn.Module, choice: bool | Literal["auto"]) -> None:
+        """At work as the ``choice`` says, or after `begin`."""
+        self.left = ""
         self._root = weakref.ref(model)
-        self._models: list[weakref.ref[torch.nn.Module]] = []
+        found = list(language_models(model)) if choice else []
+        self._models = [weakref.ref(module) for module in found]
+        self._begun = choice is True
         self._hooks: list[Any] = []
         self._undo: list[Callable[[], None]] = []
-        self._begun = False
         self._aside = ""
         self._why_plain = ""
         self._off = False
         self._num_deferred = self._num_chunked = 0
         self._chunk: tuple[int, int] | None = None
         self._read_bytes = 0
-
-    def begin(self) -> None:
-        """From the next forward on the loss is computed in chunks."""
-        model = self._root()
-        if self._begun or model is None:
-            return
-        self._begun = True
-        found = list(_language_models(model))
-        self._models = [weakref.ref(module) for module in found]
         for module in found:
             self._hooks += [
                 module.register_forward_pre_hook(_Before(self), with_kwargs=True),
                 module.register_forward_hook(_After(self), always_call=True),
             ]
+
+    @property
+    def waits(self) -> bool:
+        """Whether it may begin: it was left to the solver, and nothing that shows now speaks against it."""
+        found = [] if self._begun else [module for module in (each() for each in self._models) if module is not None]
+        return bool(found) and not any(self._why_not(module, head_of(module)) for module in found)
+
+    def begin(self) -> None:
+        """From this forward on the loss is computed in chunks."""
+        self._begun = True
+
+    def gradient_bytes(self) -> int:
+        """Of the gradients of heads, which the loss has made when it is over."""
+        heads = [head_of(module) for module in (each() for each in self._models) if module is not None]
+        return sum(4 * head.weight.numel() for head in heads if head.weight.requires_grad)
 
     def remove(self) -> None:
         """The model is what it was."""
@@ -70,7 +79,7 @@ class ChunkedLoss:
     def notes(self) -> list[str]:
         """What the report says of it."""
         if not self._begun:
-            return []
+            return [f"`chunked_loss`: {self.left}"] if self.left else []
         notes: list[str] = []
         if self._chunk is not None:
             tokens, logits = self._chunk
@@ -99,11 +108,11 @@ class ChunkedLoss:
     def enter(self, model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """A forward of a language model begins."""
         self.leave()  # a KeyboardInterrupt ended the last one
-        if self._off or not (model.training and torch.is_grad_enabled()):
+        if not self._begun or self._off or not (model.training and torch.is_grad_enabled()):
             return
-        if _given_labels(model, args, kwargs) is None:
+        if given_labels(model, args, kwargs) is None:
             return
-        head: Any = _head(model)
+        head: Any = head_of(model)
         self._aside = self._why_not(model, head)
         if self._aside:
             return
@@ -149,7 +158,7 @@ class ChunkedLoss:
             return f"the head's weight is {weight.dtype}"
         if "_loss_function" in model.__dict__:
             return "the model was given a `loss_function` of its own"
-        return _why_other_loss(model.loss_function)
+        return why_other_loss(model.loss_function)
 
     # While it runs
 
@@ -219,7 +228,7 @@ def read_steps(source: Source) -> tuple[float | None, float | None] | None:
             if capped:
                 return None
             capped = True
-        elif function is not aten._to_copy.default:
+        elif function not in (aten._to_copy.default, aten.clone.default):
             number = float(rest[0])
             number = number if function in (aten.mul.Tensor, aten.mul.Scalar) else 1.0 / number if number else 0.0
             if capped:
@@ -233,53 +242,6 @@ def read_steps(source: Source) -> tuple[float | None, float | None] | None:
     if not after > 0.0:
         return None
     return (None if abs(scale - 1.0) < 1e-12 else scale), after
-
-
-def _language_models(model: torch.nn.Module) -> Iterator[Any]:
-    """The parts of a model, or it itself, that have a head and a ``loss_function``."""
-    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    if base is None:
-        return
-    heads: set[int] = set()
-    for module in model.modules():  # the outermost first: it may share the head of one inside
-        if isinstance(module, base) and hasattr(type(module), "loss_function"):
-            head = _head(module)
-            if head is not None and id(head) not in heads:
-                heads.add(id(head))
-                yield module
-
-
-def _head(model: Any) -> Any:
-    """The head of a language model; ``None`` if it has none, or several."""
-    try:
-        return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-
-
-def _given_labels(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The labels that a forward is given."""
-    if "labels" in kwargs or not args:
-        return kwargs.get("labels")
-    try:
-        return inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get("labels")
-    except (TypeError, ValueError):
-        return None
-
-
-def _why_other_loss(function: Any) -> str:
-    """Why a loss function is not the one that the chunked loss equals; "" if it is."""
-    losses: Any = sys.modules.get(_LOSSES)
-    if losses is None or function is not getattr(losses, _LOSS, None):
-        return f"the model's `loss_function` is {getattr(function, '__name__', type(function).__name__)}, not {_LOSS}"
-    for name in (_LOSS, "fixed_cross_entropy"):
-        home = getattr(getattr(losses, name, None), "__module__", "")
-        if home != _LOSSES:
-            return f"transformers' `{name}` is replaced by one of `{home}`"
-    home = str(getattr(torch.nn.functional.cross_entropy, "__module__", ""))
-    if not home.startswith(("torch.", "liger_kernel")):
-        return f"`torch.nn.functional.cross_entropy` is replaced by one of `{home}`"
-    return ""
 
 
 def _replace(undo: list[Callable[[], None]], owner: Any, name: str, value: Any) -> None:
@@ -305,7 +267,7 @@ class _Head:
         assert head is not None
         weight = head.weight
         fits = type(input) is Tensor and input.dim() > 0 and input.device == weight.device and torch.is_grad_enabled()
-        same = input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type)
+        same = input.dtype == weight.dtype or autocasts(input)
         if fits and same and input.shape[-1] == weight.shape[1] and (input.requires_grad or weight.requires_grad):
             return chunked.defer(input, head)
         return torch.nn.Linear.forward(head, input)

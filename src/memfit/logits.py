@@ -257,6 +257,8 @@ def _put_off(func: Any, logits: DeferredLogits, rest: tuple[Any, ...], kwargs: d
         if others or dtype is None or not dtype.is_floating_point:
             return None
         return DeferredLogits(source.followed(func, rest, kwargs), shape, dtype)
+    if func is aten.clone.default and kwargs.get("memory_format") in (None, torch.preserve_format):
+        return DeferredLogits(source.followed(func, rest, kwargs), shape, logits.dtype)
     is_number = len(rest) == 1 and isinstance(rest[0], int | float) and not isinstance(rest[0], bool)
     if kwargs or not ((func in _UNARY and not rest) or (func in _BY_NUMBER and is_number)):
         return None

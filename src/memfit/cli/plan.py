@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memfit.cli.options import add_budget, rank, read_budget
+from memfit.cli.options import add_budget, add_chunked_loss, rank, read_budget
 from memfit.errors import UsageError
 
 EPILOG = """\
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `memfit plan`."""
     parser.add_argument("target", metavar="FILE.py:FUNCTION", help="function that builds the model and a batch")
     add_budget(parser)
+    add_chunked_loss(parser, auto=False)
     parser.add_argument("--optimizer", metavar="NAME", help="optimizer whose state to reserve, such as `sgd`")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the plan for `memfit run --plan FILE`")
