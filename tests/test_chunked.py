@@ -163,9 +163,10 @@ def test_nothing_to_differentiate():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("num_items", [None, 5.0, torch.tensor(5)])
 @pytest.mark.parametrize("tokens", [6, 0])
-def test_without_a_label_that_counts(tokens, num_items, smoothing):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_label_that_counts(dtype, tokens, num_items, smoothing):
     """All ignored, or no token at all: torch's value, and no gradient."""
-    hidden, weight, labels, _ = inputs(tokens=tokens)
+    hidden, weight, labels, _ = inputs(tokens=tokens, dtype=dtype)
     tensors = (hidden, weight, labels.fill_(-100), None)
     plain = results(plain_loss, tensors, num_items=num_items, label_smoothing=smoothing)
     found = results(linear_cross_entropy, tensors, num_items=num_items, label_smoothing=smoothing, chunk_tokens=4)
@@ -798,6 +799,15 @@ def test_stepping_aside(change, words):
         assert "`chunked_loss` stepped aside: " in notes(handle)
         assert words in notes(handle)
         assert "the loss is computed in chunks" not in notes(handle)
+
+
+def test_without_labels():
+    """As with the Trainer's label smoothing: the loss is made of logits, and the report says that it is no other."""
+    model, batch = model_of("Llama"), padded_batch(0)
+    labels = batch.pop("labels")
+    with memfit.fit(model, chunked_loss=True) as handle:
+        F.cross_entropy(model(**batch).logits.flatten(0, 1), labels.flatten()).backward()
+        assert "the model is given no `labels`" in notes(handle)
 
 
 def test_sharded_heads_step_aside(alone):

@@ -92,6 +92,7 @@ def linear_cross_entropy(
         softcap=softcap,
         scale=scale,
         chunk_tokens=chunk_tokens or choose_chunk_tokens(num_tokens, vocab, flat.shape[1], dtype),
+        counts=num_items is None,
         gradients=torch.is_grad_enabled(),
     )
     if autocast:
@@ -152,7 +153,13 @@ def _check(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Options:
-    """What a loss is computed with; ``dtype`` is that of the logits."""
+    """What a loss is computed with.
+
+    Attributes:
+        dtype: Of the logits.
+        counts: Whether the divisor is the number of labels that count.
+        gradients: Whether any gradient is wanted.
+    """
 
     dtype: torch.dtype
     ignore_index: int
@@ -160,6 +167,7 @@ class _Options:
     softcap: float | None
     scale: float | None
     chunk_tokens: int
+    counts: bool
     gradients: bool
 
 
@@ -214,7 +222,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 sums.add(start, chunk, head, logits)
         ctx.late = late
         ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
-        ctx.save_for_backward(divisor, sums.hidden, sums.bias, *sums.weight)
+        # Where no label counts every gradient is 0, whatever it is divided by.
+        ctx.save_for_backward(divisor.clamp(min=1) if options.counts else divisor, sums.hidden, sums.bias, *sums.weight)
         return losses.masked_fill_(ignored, 0).sum() / divisor
 
     @staticmethod

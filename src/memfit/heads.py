@@ -43,7 +43,7 @@ class ChunkedLoss:
         self._undo: list[Callable[[], None]] = []
         self._aside = ""
         self._why_plain = ""
-        self._off = False
+        self._off = self._unlabelled = False
         self._num_deferred = self._num_chunked = 0
         self._chunk: tuple[int, int] | None = None
         self._read_bytes = 0
@@ -87,6 +87,8 @@ class ChunkedLoss:
                 f"the loss is computed in chunks of {tokens} tokens: logits of {format_bytes(logits)} are never whole"
             )
         reason = self._aside or self._why_compiled()
+        if self._unlabelled and self._chunk is None:
+            reason = reason or "the model is given no `labels`, so its loss is computed elsewhere"
         if not self._models:
             reason = "this is no language model of transformers; call `memfit.linear_cross_entropy` yourself"
         if reason:
@@ -110,7 +112,8 @@ class ChunkedLoss:
         self.leave()  # a KeyboardInterrupt ended the last one
         if not self._begun or self._off or not (model.training and torch.is_grad_enabled()):
             return
-        if given_labels(model, args, kwargs) is None:
+        self._unlabelled = given_labels(model, args, kwargs) is None
+        if self._unlabelled:
             return
         head: Any = head_of(model)
         self._aside = self._why_not(model, head)
