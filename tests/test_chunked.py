@@ -599,6 +599,21 @@ def test_shifted_labels_and_kept_logits():
     )
 
 
+def test_a_wrong_vocabulary_is_refused_as_without():
+    """Logits are read as rows of so many classes: the plain loss then finds too few labels."""
+    model = model_of("Llama")
+    model.config.vocab_size = 2 * VOCAB
+    messages = []
+    for fits in (False, True):
+        handle = memfit.fit(model, chunked_loss=True) if fits else None
+        with pytest.raises(ValueError, match="batch_size") as error:
+            train(model, 0)
+        messages.append(str(error.value))
+        if handle is not None:
+            handle.remove()
+    assert messages[0] == messages[1]
+
+
 def test_nothing_else_changes():
     """Evaluation, generation, forwards without labels, and without gradients, run as they are."""
     model, batch = model_of("Llama"), padded_batch(1)

@@ -396,9 +396,11 @@ def _sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type in ("cpu", "meta"):
         return False
     ones = torch.ones(16, 16, dtype=dtype, device=device)
-    total = torch.full((16, 16), 2.0**20 + 1.0, device=device)
+    added, made = torch.full((2, 16, 16), 2.0**20 + 1.0, device=device).unbind()
+    made.fill_(torch.nan)
     try:
-        torch.addmm(total, ones.t(), ones, out_dtype=torch.float32, out=total)
+        torch.addmm(added, ones.t(), ones, out_dtype=torch.float32, out=added)
+        torch.addmm(made, ones.t(), ones, out_dtype=torch.float32, beta=0, out=made)
     except (RuntimeError, TypeError):
         return False
-    return bool((total == 2.0**20 + 17.0).all())
+    return bool((added == 2.0**20 + 17.0).all()) and bool((made == 16.0).all())

@@ -209,7 +209,9 @@ class ChunkedLoss:
             chunk_tokens=tokens,
         )
         self._num_chunked += 1
-        self._chunk = max(self._chunk or (0, 0), (tokens, num_tokens * vocab_size * source.dtype.itemsize))
+        logits_bytes = num_tokens * vocab_size * source.dtype.itemsize
+        if self._chunk is None or logits_bytes > self._chunk[1]:
+            self._chunk = tokens, logits_bytes
         return loss.float()
 
     def was_read(self, num_bytes: int) -> None:
