@@ -25,6 +25,7 @@ NAMES = [
     "__version__",
     "apply",
     "fit",
+    "linear_cross_entropy",
     "plan",
     "simulate",
 ]

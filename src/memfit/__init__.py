@@ -15,6 +15,7 @@ from memfit._version import __version__
 
 if TYPE_CHECKING:
     from memfit.autopilot import apply, fit, plan
+    from memfit.chunked import linear_cross_entropy
     from memfit.errors import (
         BudgetError,
         InfeasibleBudgetError,
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "apply",
     "fit",
+    "linear_cross_entropy",
     "plan",
     "simulate",
 ]
@@ -53,6 +55,7 @@ _HOMES = {
     "apply": "memfit.autopilot",
     "simulate": "memfit.forecast",
     "Prediction": "memfit.predictions",
+    "linear_cross_entropy": "memfit.chunked",
     "Handle": "memfit.handle",
     "Plan": "memfit.plans",
     "MemfitError": "memfit.errors",

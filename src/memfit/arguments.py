@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -46,6 +46,20 @@ def check_choice(*, budget: object, policy: object, every_n_layers: object, plan
             f"`every_n_layers={_shown(every_n_layers)}` is not a positive integer. Write 1 for every block, 2 for "
             "every second one."
         )
+
+
+def check_chunked_loss(chunked_loss: object, *, auto: bool = True) -> bool | Literal["auto"]:
+    """Refuse what does not say whether; ``auto``: whether that may be left to the solver.
+
+    Raises:
+        UsageError: Naming the value.
+    """
+    if isinstance(chunked_loss, bool):
+        return chunked_loss
+    if auto and chunked_loss == "auto":
+        return "auto"
+    choice = "`True`, `False` or `auto`" if auto else "`True` or `False`"
+    raise UsageError(f"`chunked_loss={_shown(chunked_loss)}` is not known here. Write {choice}.")
 
 
 def check_optimizer(optimizer: object) -> None:

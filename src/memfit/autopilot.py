@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from memfit.arguments import (
     BlockChoice,
     check_choice,
+    check_chunked_loss,
     check_loss,
     check_model,
     check_optimizer,
@@ -35,6 +36,7 @@ def fit(
     blocks: BlockChoice | None = None,
     optimizer: Any = None,
     plan: Plan | None = None,
+    chunked_loss: bool | Literal["auto"] = False,
 ) -> Handle:
     """Fit a model's training step into a budget; then train as before.
 
@@ -51,6 +53,9 @@ def fit(
         blocks: Names of modules or classes to plan for, or the modules, instead of what is found.
         optimizer: The optimizer, or its name; ``None`` reserves AdamW's state until the first ``optimizer.step()``.
         plan: A plan made before, by `plan`.
+        chunked_loss: Compute the loss of a Hugging Face language model in chunks of tokens, so that its logits are
+            never there as a whole. It changes the order of sums, and is left out where the report says why.
+            ``"auto"``: after the first step, if that saves recomputation, or the budget cannot be held without it.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -87,6 +92,7 @@ def fit(
         blocks=names,
         optimizer=optimizer,
         device=device,
+        chunked_loss=check_chunked_loss(chunked_loss),
     )
     handle.ranks.given = plan
     hand_over(handle, model)
@@ -115,6 +121,7 @@ def plan(
     every_n_layers: int | None = None,
     blocks: BlockChoice | None = None,
     optimizer: Any = None,
+    chunked_loss: bool = False,
 ) -> Plan:
     """Profile one training step on a batch and solve for a budget; the model is left as it was.
 
@@ -125,16 +132,25 @@ def plan(
         batch: A mapping calls ``model(**batch)``, a tuple ``model(*batch)``, anything else ``model(batch)``.
         budget: As for `fit`. ``None``: save everything.
         loss: ``loss(output, batch)``; by default ``output.loss``, else the output if it is a scalar.
-        policy, every_n_layers, blocks, optimizer: As for `fit`.
+        policy, every_n_layers, blocks, optimizer, chunked_loss: As for `fit`.
 
     Raises:
         InfeasibleBudgetError: No plan fits.
         ModelError: As `fit`; or the loss is not a scalar tensor.
     """
     check_loss(loss)
+    check_chunked_loss(chunked_loss, auto=False)
     if budget is None and policy is None and every_n_layers is None:
         policy = "plain"
-    handle = fit(model, budget=budget, policy=policy, every_n_layers=every_n_layers, blocks=blocks, optimizer=optimizer)
+    handle = fit(
+        model,
+        budget=budget,
+        policy=policy,
+        every_n_layers=every_n_layers,
+        blocks=blocks,
+        optimizer=optimizer,
+        chunked_loss=chunked_loss,
+    )
     rehearse(handle, model, batch, loss)
     assert handle.plan is not None
     return handle.plan

@@ -61,6 +61,11 @@ def is_wrapper(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule"
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of it run compiled code."""
+    return _why(module) == COMPILED
+
+
 def _why(module: torch.nn.Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return _SCRIPTED

@@ -79,6 +79,12 @@ class Decider:
         except InfeasibleBudgetError:
             return None
 
+    def would(self, profile: StepProfile, budget: Budget) -> Plan | None:
+        """The plan for a profile that may come true, with the room that there is now; ``None`` where none fits."""
+        if budget == "min":
+            return solve(profile, budget="min", model=self._name, fingerprint=self._fingerprint)
+        return self.again(profile, budget) if isinstance(budget, int) else None
+
     def _within_budget(self, profile: StepProfile, budget: int) -> Plan:
         """The fastest plan that leaves room for the allocator's slack; where that is too much, as much as there is."""
         slack = self._slack

@@ -196,7 +196,10 @@ class Exhaustion:
         elif held.static_bytes > held.held_bytes // 2:
             advice.append("Weights, gradients and optimizer state are most of it: train adapters, or shard the model.")
         if "after the forward" in place or "of the loss" in place or f"after block call {self._num_calls()} " in place:
-            advice.append("It was behind the last block: if the loss has many classes, compute it in chunks.")
+            advice.append(
+                "It was behind the last block: if the loss has many classes, compute it in chunks, as "
+                "`chunked_loss=True` does."
+            )
         advice.append(
             "A smaller batch (with gradient accumulation) or shorter sequences need less; the model can go on training."
         )

@@ -25,6 +25,7 @@ from memfit.errors import ModelError
 from memfit.exhaustion import Exhaustion, ExhaustionHook
 from memfit.fingerprints import fingerprint
 from memfit.fitted import unfitted_on_error
+from memfit.heads import ChunkedLoss
 from memfit.hooks import ModelHook, OptimizerHook
 from memfit.keeper import Keeper
 from memfit.memory import Meter, meter
@@ -57,6 +58,7 @@ class Handle:
         blocks: list[str] | None,
         optimizer: Any,
         device: torch.device,
+        chunked_loss: bool | Literal["auto"] = False,
     ) -> None:
         """Use `fit`."""
         self._model = weakref.ref(model)
@@ -106,6 +108,14 @@ class Handle:
             keeper=self.runtime.keeper,
             advise=self.exhaustion.advice_below,
         )
+        self._hooks = [
+            register_optimizer_step_pre_hook(OptimizerHook(self, before=True)),
+            register_optimizer_step_post_hook(OptimizerHook(self, before=False)),
+            model.register_forward_pre_hook(ModelHook(self, before=True)),
+            model.register_forward_hook(ModelHook(self, before=False), always_call=True),
+            model.register_forward_hook(ExhaustionHook(self.exhaustion), always_call=True),
+        ]
+        self._chunked_loss = ChunkedLoss(model, chunked_loss)  # its hooks run after ours, which may have it begin
         self._planning = Planning(
             self._planned,
             decider,
@@ -117,14 +127,8 @@ class Handle:
             self.ranks,
             budget=budget,
             decides=request.decides,
+            chunked_loss=self._chunked_loss,
         )
-        self._hooks = [
-            register_optimizer_step_pre_hook(OptimizerHook(self, before=True)),
-            register_optimizer_step_post_hook(OptimizerHook(self, before=False)),
-            model.register_forward_pre_hook(ModelHook(self, before=True)),
-            model.register_forward_hook(ModelHook(self, before=False), always_call=True),
-            model.register_forward_hook(ExhaustionHook(self.exhaustion), always_call=True),
-        ]
         fitted_models[model] = weakref.ref(self)
 
     def __enter__(self) -> Handle:
@@ -155,6 +159,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._modes.restore()
+        self._chunked_loss.remove()
         self._profiler = None
         self._planning.pending = None
         model = self._model()
@@ -314,6 +319,7 @@ class Handle:
         recomputed = sum(row["recomputed_bytes"] or 0 for row in blocks)
         if self._measures_only:
             blocks = [unplanned_row(name) for name in self._block_names]
+        own = [*self._modes.notes, *self._chunked_loss.notes, *self._request.notes]
         stories = self.ranks.story, self._planned.story, self.exhaustion.story
         plain_peak = self._measured if self._measures_only else None
         if plan is not None:
@@ -333,7 +339,7 @@ class Handle:
             "recomputed_bytes": recomputed if self._last_calls else None,
             "context_bytes": self._meter.outside() if self._device.type == "cuda" else None,
             "steps": self._steps,
-            "notes": notes_of(self.runtime, [*self._modes.notes, *self._request.notes, *stories], self._steps),
+            "notes": notes_of(self.runtime, [*own, *stories], self._steps),
             "blocks": blocks,
         }
 

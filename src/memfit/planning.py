@@ -11,7 +11,9 @@ from memfit.clock import StepClock
 from memfit.costs import profile_program
 from memfit.decider import Decider
 from memfit.entries import ProgramState
+from memfit.errors import InfeasibleBudgetError
 from memfit.fitted import Fitted
+from memfit.heads import ChunkedLoss
 from memfit.memory import Meter
 from memfit.planned import Planned, Sequence
 from memfit.plans import Plan
@@ -21,6 +23,7 @@ from memfit.ranks import Ranks
 from memfit.runtime import Runtime
 from memfit.slack import Slack
 from memfit.solver.frontier import block_options
+from memfit.solver.losses import pays, with_chunked_loss
 from memfit.training import TrainingState
 
 
@@ -47,8 +50,10 @@ class Planning:
         *,
         budget: int | Literal["min"] | None,
         decides: bool,
+        chunked_loss: ChunkedLoss,
     ) -> None:
         """Plans go to ``planned``; ``decides``: a request says what every block does, so that no budget is solved."""
+        self._chunked_loss = chunked_loss
         self.plan: Plan | None = None
         self.pending: tuple[Profiler, Sequence] | None = None
         self.larger: tuple[Fitted, Sequence] | None = None
@@ -83,6 +88,8 @@ class Planning:
         else:
             self._ranks.absent(self._runtime.steps)
         for key, fitted in self._planned:
+            if not self._planned:
+                break  # the loss is chunked from now on
             born = fitted.state_reserved and self._training.born
             if fitted.stale or born or fitted.is_outdated(self._runtime.states):
                 if fitted.derived:
@@ -116,19 +123,47 @@ class Planning:
             gradients_end=max(resident, reading.gradients_end),
         )
         profile, indices = step_profile(reading, programs, now, device=device, step_seconds=self._clock.median() or 0.0)
-        plan, given = self._ranks.decide(
-            profile,
-            self._decider.plan,
-            which=sha256(repr(sequence).encode()).hexdigest(),
-            step=self._runtime.steps,
-            budget=self._budget,
-            born=self._training.born,
-            together=together,
-        )
+        try:
+            plan, given = self._ranks.decide(
+                profile,
+                self._decider.plan,
+                which=sha256(repr(sequence).encode()).hexdigest(),
+                step=self._runtime.steps,
+                budget=self._budget,
+                born=self._training.born,
+                together=together,
+            )
+        except InfeasibleBudgetError:
+            if not self._chunks_loss(profile, None):
+                raise
+            return
+        if self._chunks_loss(profile, plan):
+            return
         if given:
             self._decider.expect(profile, self._budget)
         self._keep(sequence, plan, indices, profiler, profile)
         self._planned.planning_seconds = time.perf_counter() - began
+
+    def _chunks_loss(self, profile: StepProfile, plan: Plan | None) -> bool:
+        """Whether the loss is chunked from now on, since that pays: then the step is to be profiled again."""
+        if not self._chunked_loss.waits or self._decides or self._budget is None:
+            return False
+        if self._ranks.ranks:
+            self._chunked_loss.left = "`auto` is decided where one rank trains alone; write `chunked_loss=True`"
+            return False
+        if plan is not None and not plan.recompute_seconds and self._budget != "min":
+            return False
+        chunked = with_chunked_loss(profile, gradient_bytes=self._chunked_loss.gradient_bytes())
+        if chunked is None:
+            return False
+        expected = self._decider.would(chunked, self._budget)
+        if not pays(expected, plan, profile, smallest=self._budget == "min"):
+            return False
+        self._chunked_loss.begin()
+        self.larger = None
+        for key, _ in self._planned:
+            self._planned.drop(key)  # made for a step with logits
+        return True
 
     def _fit_smaller(self, larger: Fitted, sequence: Sequence) -> None:
         """A plan of its own for a step that has followed that of a ``larger`` one."""

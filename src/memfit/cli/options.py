@@ -10,6 +10,7 @@ from memfit.errors import UsageError
 from memfit.units import parse_budget
 
 POLICIES = ("full", "selective")
+CHUNKED_LOSS: dict[str, bool | str] = {"on": True, "off": False, "auto": "auto"}
 
 
 def add_budget(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -28,8 +29,20 @@ def add_budget(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGr
     return group
 
 
+def add_chunked_loss(parser: argparse.ArgumentParser, *, auto: bool) -> None:
+    """Add `--chunked-loss`; ``auto``: whether it may be left to the solver."""
+    parser.add_argument(
+        "--chunked-loss",
+        nargs="?",
+        const="on",
+        choices=[word for word in CHUNKED_LOSS if auto or word != "auto"],
+        help="compute the loss of a language model in chunks of tokens, without its logits; off unless it is given"
+        + (", `auto`: if that saves recomputation" if auto else ""),
+    )
+
+
 def read_budget(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those options as keyword arguments of `fit` and `plan`, checked before torch is imported.
+    """Those options, and `--chunked-loss`, as arguments of `fit` and `plan`, checked before torch is imported.
 
     Raises:
         BudgetError: The budget cannot be read.
@@ -45,6 +58,8 @@ def read_budget(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.every_n_layers < 1:
             raise UsageError(f"`--every-n-layers {arguments.every_n_layers}` is below 1, which means every block.")
         chosen["every_n_layers"] = arguments.every_n_layers
+    if arguments.chunked_loss is not None:
+        chosen["chunked_loss"] = CHUNKED_LOSS[arguments.chunked_loss]
     return chosen
 
 

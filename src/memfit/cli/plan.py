@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.cli.forecasting import MODEL_HELP, add_step, check, device_options, forecaster
-from memfit.cli.options import add_budget, rank, read_budget
+from memfit.cli.options import add_budget, add_chunked_loss, rank, read_budget
 from memfit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target", metavar="MODEL | FILE.py:FUNCTION", help=f"{MODEL_HELP}; or a function that builds one and a batch"
     )
     add_budget(parser)
+    add_chunked_loss(parser, auto=False)
     add_step(parser)
     parser.add_argument("--explain", action="store_true", help="of a model: how many FLOPs a step has, and why")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the plan for `memfit run --plan FILE`")
@@ -59,6 +60,8 @@ def execute(arguments: argparse.Namespace) -> int:
         raise UsageError(f"There is no folder for `-o {arguments.output}`.")
     if arguments.target.endswith(".py"):
         raise UsageError(f"`{arguments.target}` does not name a function: write `{arguments.target}:build`.")
+    if arguments.gpu is not None or not _is_function(arguments.target):
+        _refuse_switches(arguments)
     if not _is_function(arguments.target):
         return _predict(arguments, forecaster(arguments, arguments.target)(arguments.batch, arguments.seq))
     built = _load(arguments.target)()
@@ -90,11 +93,14 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _predict(arguments: argparse.Namespace, forecast: Forecast) -> int:
+def _refuse_switches(arguments: argparse.Namespace) -> None:
     if arguments.policy is not None or arguments.every_n_layers is not None:
         raise UsageError(
             "A prediction shows every switch beside the plan: leave `--policy` and `--every-n-layers` out."
         )
+
+
+def _predict(arguments: argparse.Namespace, forecast: Forecast) -> int:
     prediction = forecast.within(arguments.budget)
     if arguments.output is not None:
         prediction.plan.save(arguments.output)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memfit import host
-from memfit.cli.options import add_budget, rank, read_budget
+from memfit.cli.options import add_budget, add_chunked_loss, rank, read_budget
 from memfit.errors import UsageError
 from memfit.integrations import script
 from memfit.integrations.launcher import Launcher
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "memfit run [options] -- (SCRIPT | -m MODULE) [ARGS ...]"
     group = add_budget(parser)
     group.add_argument("--plan", metavar="FILE", help="apply this plan, written by `memfit plan -o FILE`")
+    add_chunked_loss(parser, auto=True)
     parser.add_argument(
         "--report",
         metavar="FILE",
@@ -92,7 +93,7 @@ def execute(arguments: argparse.Namespace) -> int:
 def _words(arguments: argparse.Namespace) -> list[str]:
     """The same verb with the same options, as words for another process. Files are found from any folder."""
     words = ["run"]
-    for name in ("budget", "policy", "every_n_layers"):
+    for name in ("budget", "policy", "every_n_layers", "chunked_loss"):
         if getattr(arguments, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     for name in ("plan", "report"):

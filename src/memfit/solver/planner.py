@@ -295,6 +295,11 @@ def _merge(search: _Search, picked: list[int], *, peak: int, seconds: float) -> 
 def _advice(profile: StepProfile, name: str) -> str:
     """What would lower the event that owns the smallest peak."""
     event: StepEvent = next(event for event in profile.events if event.name == name)
+    if event.name == "loss" and event.kind == "outside":
+        return (
+            "Lower the batch size or the length of its sequences, compute a language model's loss in chunks "
+            "(`chunked_loss=True`), or raise `budget`."
+        )
     if event.live_calls or own_call(event) is not None or event.kind == "forward":
         return "Lower the batch size or the length of its sequences, or raise `budget`."
     return "No activation is alive there: use a smaller model or optimizer state, or raise `budget`."
