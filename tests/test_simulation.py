@@ -73,11 +73,11 @@ def held(model, optimizer, batch):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measured(name, kind, plan):
+def measured(name, kind, plan, **options):
     """The most bytes that tensors held in a real step under a plan; the canary's few large hashes left out."""
     model, batch = make(name, kind), batch_for(name)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    handle = memfit.fit(model, plan=plan, optimizer=optimizer) if plan is not None else None
+    handle = memfit.fit(model, plan=plan, optimizer=optimizer, **options) if plan is not None else None
 
     def step():
         loss = model(**batch).loss
@@ -227,6 +227,32 @@ def test_blocks_that_only_look_equal_are_all_run():
     prediction = memfit.simulate(model, torch.zeros(4, 32))
     assert len({call.program for call in prediction.plan.calls}) == 3, "the first one's input needs no gradient"
     assert prediction.forward_flops == alone.forward_flops
+
+
+@pytest.mark.parametrize("policy", ["plain", "full"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_chunked_loss_is_that_of_a_real_step(name, policy):
+    """The loss owns the peak of the plain one; its logits are spared."""
+    forecast = Forecast(make(name), batch_for(name), chunked_loss=True)
+    plan = switched(forecast.profile, policy=policy, **forecast.named)
+    actual = measured(name, "full", plan, chunked_loss=True)
+    assert plan.predicted_peak_bytes == pytest.approx(actual, rel=0.035)
+
+
+def test_what_a_chunked_loss_would_bring():
+    sizes = {**SIZES, "vocab_size": 32000, "intermediate_size": 344, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
+    step = {"device": "rtx4090", "batch_size": 4, "length": 512, "precision": "bf16", "budget": "min"}
+    plain = memfit.simulate(config, **step)
+    with_it = memfit.simulate(config, **step, chunked_loss=True)
+    (offered,) = [each for each in plain.alternatives if "chunked" in each.name]
+    assert offered.peak_bytes == with_it.peak.expected < 0.5 * plain.peak.expected
+    assert not any("chunked" in each.name for each in with_it.alternatives)
+    assert plain.peak.event == "loss"
+    capped = transformers.Gemma2Config(**sizes, head_dim=32, architectures=["Gemma2ForCausalLM"])
+    assert not any("chunked" in each.name for each in memfit.simulate(capped, **step).alternatives)
+    with pytest.raises(ModelError, match="cannot be predicted in chunks"):
+        memfit.simulate(capped, **step, chunked_loss=True)
 
 
 # FLOPs and time ---------------------------------------------------------------------------------------------------

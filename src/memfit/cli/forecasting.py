@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from memfit.cli.options import CHUNKED_LOSS, add_chunked_loss
 from memfit.errors import UsageError
 from memfit.hardware import parse_gpus
 from memfit.units import parse_budget
@@ -42,6 +43,7 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     step.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
     step.add_argument("--group", type=int, default=8, metavar="N", help="passages for each query: embedder, reranker")
     step.add_argument("--trust-remote-code", action="store_true", help="run the code that a configuration brings")
+    add_chunked_loss(parser, auto=False)
     device = parser.add_argument_group("the device")
     device.add_argument("--gpu", "--gpus", metavar="NAME", help="such as `rtx4090`, `a100-40gb`, `8xh100`, `here`")
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
@@ -65,8 +67,8 @@ def check(arguments: argparse.Namespace) -> None:
         parse_gpus(arguments.gpu)
 
 
-def forecaster(arguments: argparse.Namespace, model: str) -> Callable[[int, int], Forecast]:
-    """From a batch and a length to the forecast of a step."""
+def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = True) -> Callable[[int, int], Forecast]:
+    """From a batch and a length to the forecast of a step; ``compares``: as `Forecast` has it."""
     from memfit import configurations
     from memfit.forecast import Forecast
 
@@ -80,6 +82,7 @@ def forecaster(arguments: argparse.Namespace, model: str) -> Callable[[int, int]
         "lora_dropout": arguments.lora_dropout,
         "freeze": arguments.freeze.split(",") if arguments.freeze else (),
         "group": arguments.group,
+        "compares": compares,
     }
     return lambda batch, length: Forecast(
         config, **device_options(arguments), task=arguments.task, batch_size=batch, length=length, **options
@@ -94,4 +97,5 @@ def device_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_devices": count,
         "optimizer": arguments.optimizer or "adamw",
         "accumulate": arguments.accumulate,
+        "chunked_loss": CHUNKED_LOSS.get(arguments.chunked_loss, False),
     }

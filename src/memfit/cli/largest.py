@@ -35,7 +35,7 @@ def execute(arguments: argparse.Namespace) -> int:
     check(arguments)
     if (arguments.batch is None) == (arguments.seq is None):
         raise UsageError("Give `--seq N` for the largest batch, or `--batch N` for the longest sequence.")
-    forecast = forecaster(arguments, arguments.model)
+    forecast = forecaster(arguments, arguments.model, compares=False)
     by_batch = arguments.batch is None
 
     def fits(number: int) -> bool:

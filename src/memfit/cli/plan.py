@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.cli.forecasting import MODEL_HELP, add_step, check, device_options, forecaster
-from memfit.cli.options import add_budget, add_chunked_loss, rank, read_budget
+from memfit.cli.options import add_budget, rank, read_budget
 from memfit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target", metavar="MODEL | FILE.py:FUNCTION", help=f"{MODEL_HELP}; or a function that builds one and a batch"
     )
     add_budget(parser)
-    add_chunked_loss(parser, auto=False)
     add_step(parser)
     parser.add_argument("--explain", action="store_true", help="of a model: how many FLOPs a step has, and why")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the plan for `memfit run --plan FILE`")
