@@ -10,12 +10,11 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from memfit import hardware, host
 from memfit.arguments import check_loss
 from memfit.blocks import find_blocks, replayable_children
-from memfit.errors import InfeasibleBudgetError, ModelError, UsageError
+from memfit.errors import InfeasibleBudgetError, MemfitError, ModelError, UsageError
 from memfit.fingerprints import fingerprint
 from memfit.hardware import Hardware
 from memfit.offline import Loss, call, scalar_loss
@@ -27,7 +26,7 @@ from memfit.simulation import tasks
 from memfit.simulation.chunks import NotChunkedError
 from memfit.simulation.chunks import chunked_loss as spared_logits
 from memfit.simulation.device import CUDA_WORKSPACE_BYTES, SLACK, limit_of, not_counted
-from memfit.simulation.fakes import fake_batch, fake_tensors, twin
+from memfit.simulation.fakes import fake_batch, fake_tensors, twin, uncheckpointed
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
 from memfit.simulation.rates import rates
@@ -147,6 +146,7 @@ class Forecast:
         self._process = host.resident_bytes() if self._entry.backend == "cpu" else 0
         with fake_tensors():
             job = prepare()
+            self._own_checkpointing = uncheckpointed(job.model)
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
             self._title = job.title or self._name
             self._tokens = job.tokens
@@ -189,10 +189,16 @@ class Forecast:
             try:
                 with Rehearsal(job.model, blocks, ledger, doubles=doubles) as rehearsal, ledger, kernels:
                     found = rehearsal.run(job.batch, job.loss, self._optimizer, resident=self._accumulate > 1)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            except (MemfitError, NotChunkedError):
+                raise
+            except Exception as error:
+                if doubles:  # a block that was passed over may have left out what others look for
+                    doubles = False
+                    continue
+                what = str(error).splitlines()[0] if str(error) else ""
                 raise ModelError(
-                    f"{self._name} makes tensors whose shapes depend on values (`{error.func}`), which nobody knows "
-                    "beforehand. Plan it on a real batch: `memfit plan FILE.py:FUNCTION`."
+                    f"{self._name} does not run on tensors without contents: {type(error).__name__}: {what[:200]} "
+                    "Plan it on a real batch: `memfit plan FILE.py:FUNCTION`."
                 ) from error
             for parameter in job.model.parameters():
                 parameter.grad = None
@@ -287,7 +293,7 @@ class Forecast:
                 *self._with_chunked_loss(limit),
             ),
             plan=plan,
-            not_counted=not_counted(self._entry, rehearsed),
+            not_counted=(*not_counted(self._entry, rehearsed), *self._own_checkpointing),
             num_parameters=self._num_parameters,
             num_trainable=self._num_trainable,
         )

@@ -62,9 +62,29 @@ def check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"`--{name} {value}` is below 1.")
     if not 0 <= arguments.lora_dropout < 1:
         raise UsageError(f"`--lora-dropout {arguments.lora_dropout}` is no probability below 1.")
+    if arguments.lora is None and (arguments.lora_targets or arguments.lora_dropout):
+        raise UsageError("`--lora-targets` and `--lora-dropout` are of adapters: give their rank with `--lora`.")
+    for name in ("freeze", "lora_targets"):
+        if getattr(arguments, name) is not None and not _parts(getattr(arguments, name)):
+            raise UsageError(f"`--{name.replace('_', '-')}` names nothing.")
     parse_budget(getattr(arguments, "budget", None))
     if arguments.gpu is not None:
         parse_gpus(arguments.gpu)
+
+
+def refuse_for_functions(arguments: argparse.Namespace) -> None:
+    """What a function builds has these already.
+
+    Raises:
+        UsageError: One of them is given.
+    """
+    for name in ("lora", "freeze", "task", "attention"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"`--{name}` is for models by name: build it into what `{arguments.target}` returns.")
+
+
+def _parts(words: str | None) -> list[str]:
+    return [part.strip() for part in (words or "").split(",") if part.strip()]
 
 
 def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = True) -> Callable[[int, int], Forecast]:
@@ -78,9 +98,9 @@ def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = Tr
         "attention": arguments.attention,
         "padded": arguments.padded,
         "lora": arguments.lora,
-        "lora_targets": arguments.lora_targets.split(",") if arguments.lora_targets else None,
+        "lora_targets": _parts(arguments.lora_targets) or None,
         "lora_dropout": arguments.lora_dropout,
-        "freeze": arguments.freeze.split(",") if arguments.freeze else (),
+        "freeze": _parts(arguments.freeze),
         "group": arguments.group,
         "compares": compares,
     }

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memfit.cli.forecasting import MODEL_HELP, add_step, check, device_options, forecaster
+from memfit.cli.forecasting import MODEL_HELP, add_step, check, device_options, forecaster, refuse_for_functions
 from memfit.cli.options import add_budget, rank, read_budget
 from memfit.errors import UsageError
 
@@ -63,6 +63,7 @@ def execute(arguments: argparse.Namespace) -> int:
         _refuse_switches(arguments)
     if not _is_function(arguments.target):
         return _predict(arguments, forecaster(arguments, arguments.target)(arguments.batch, arguments.seq))
+    refuse_for_functions(arguments)
     built = _load(arguments.target)()
     if not isinstance(built, tuple) or len(built) not in (2, 3):
         raise UsageError(
