@@ -38,9 +38,6 @@ from memfit.solver.planner import solve
 from memfit.solver.switches import todays
 from memfit.units import parse_budget
 
-_LOSS_COUNTS = 0.05
-"""Beyond this part of the weights, what the loss holds is worth a second look at the step, with its loss in chunks."""
-
 
 def simulate(
     model: Any,
@@ -74,7 +71,8 @@ def simulate(
         num_devices: That train the same model, each with its own batch; for ``tokens_per_second`` only.
         batch_size, length: Rows and tokens of each device's batch, for a configuration.
         task: One of `tasks.TASKS`; by default what the configuration's architecture is for.
-        chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss counts.
+        chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss owns the peak
+            of full checkpointing.
         options: As `tasks.build` takes them: ``precision``, ``attention``, ``lora``, ``freeze``...
 
     Raises:
@@ -154,11 +152,7 @@ class Forecast:
             self._num_trainable = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
             self._rehearsed = self._rehearse_with(job, chunked=chunked_loss)
             self._spared: Rehearsed | None = None
-            if (
-                compares
-                and not chunked_loss
-                and self._rehearsed.loss_bytes > _LOSS_COUNTS * self._rehearsed.parameter_bytes
-            ):
+            if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
                 with contextlib.suppress(ModelError):
                     self._spared = self._rehearse_with(job, chunked=True)
 
