@@ -60,7 +60,6 @@ from memfit import (
     signature,
     steps,
     storages,
-    trace,
 )
 from memfit.calls import Call
 from memfit.costs import profile_program
@@ -1366,8 +1365,8 @@ def test_rule_16_unknown_subclasses() -> None:
     judge(attempt(scenario, FITS["full"]), attempt(scenario, None), refusal=False)
     assert survives(lambda: attempt(scenario, FITS["full"]))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (trace, storages, parking):
-            patch.setattr(module, "PLAIN_TYPES", (Tensor, nn.Parameter, Wrapped))
+        patch.setattr(storages.Storages, "plain", (Tensor, nn.Parameter, Wrapped))
+        patch.setattr(parking, "PLAIN_TYPES", (Tensor, nn.Parameter, Wrapped))
         assert not survives(lambda: attempt(scenario, FITS["full"]))
 
 

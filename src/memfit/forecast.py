@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from memfit import hardware, host
 from memfit.arguments import check_loss
 from memfit.blocks import find_blocks, replayable_children
-from memfit.errors import InfeasibleBudgetError, ModelError, UsageError
+from memfit.errors import InfeasibleBudgetError, MemfitError, ModelError, UsageError
 from memfit.fingerprints import fingerprint
 from memfit.hardware import Hardware
 from memfit.offline import Loss, call, scalar_loss
@@ -23,7 +23,10 @@ from memfit.predictions import Alternative, Peak, Prediction
 from memfit.profiles import StepProfile
 from memfit.sharding import class_name, unwrapped
 from memfit.simulation import tasks
-from memfit.simulation.fakes import fake_batch, fake_tensors, twin
+from memfit.simulation.chunks import NotChunkedError
+from memfit.simulation.chunks import chunked_loss as spared_logits
+from memfit.simulation.device import CUDA_WORKSPACE_BYTES, SLACK, limit_of, not_counted
+from memfit.simulation.fakes import fake_batch, fake_tensors, twin, uncheckpointed
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
 from memfit.simulation.rates import rates
@@ -31,15 +34,9 @@ from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
 from memfit.simulation.target import CudaKernels
 from memfit.solver.peak import simulate as simulate_plan
-from memfit.solver.planner import solve, switched
+from memfit.solver.planner import solve
+from memfit.solver.switches import todays
 from memfit.units import parse_budget
-
-CUDA_CONTEXT_BYTES = 600 * 2**20
-"""Of a device's memory: what driver, context and kernels take before the first tensor."""
-CUDA_WORKSPACE_BYTES = 72 * 2**20
-"""cuBLAS's, for the thread of the forward and that of the backward (32 MiB each on Hopper), and cuDNN's."""
-_SLACK = {"cuda": (0.02, 0.06), "cpu": (0.03, 0.08), "mps": (0.05, 0.15)}
-"""What an allocator holds beside tensors, as a part of them: expected, and at most."""
 
 
 def simulate(
@@ -55,6 +52,7 @@ def simulate(
     batch_size: int = 1,
     length: int = 512,
     task: str | None = None,
+    chunked_loss: bool = False,
     **options: Any,
 ) -> Prediction:
     """Predict one training step on a device, from the model's own code on fake tensors.
@@ -73,6 +71,8 @@ def simulate(
         num_devices: That train the same model, each with its own batch; for ``tokens_per_second`` only.
         batch_size, length: Rows and tokens of each device's batch, for a configuration.
         task: One of `tasks.TASKS`; by default what the configuration's architecture is for.
+        chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss owns the peak
+            of full checkpointing.
         options: As `tasks.build` takes them: ``precision``, ``attention``, ``lora``, ``freeze``...
 
     Raises:
@@ -92,6 +92,7 @@ def simulate(
         batch_size=batch_size,
         length=length,
         task=task,
+        chunked_loss=chunked_loss,
         **options,
     )
     return forecast.within(budget)
@@ -113,8 +114,11 @@ class Forecast:
         batch_size: int = 1,
         length: int = 512,
         task: str | None = None,
+        chunked_loss: bool = False,
+        compares: bool = True,
         **options: Any,
     ) -> None:
+        """Rehearse; ``compares``: also with a chunked loss, where that may pay, for the alternatives."""
         self._entry = hardware.find(device) if isinstance(device, str) else device
         check_loss(loss)
         for name, value in (("accumulate", accumulate), ("num_devices", num_devices)):
@@ -140,12 +144,34 @@ class Forecast:
         self._process = host.resident_bytes() if self._entry.backend == "cpu" else 0
         with fake_tensors():
             job = prepare()
+            self._own_checkpointing = uncheckpointed(job.model)
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
             self._title = job.title or self._name
             self._tokens = job.tokens
             self._num_parameters = sum(p.numel() for p in job.model.parameters())
             self._num_trainable = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-            self._rehearsed = self._rehearse(job)
+            self._rehearsed = self._rehearse_with(job, chunked=chunked_loss)
+            self._spared: Rehearsed | None = None
+            if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
+                with contextlib.suppress(ModelError):
+                    self._spared = self._rehearse_with(job, chunked=True)
+
+    def _rehearse_with(self, job: tasks.Job, *, chunked: bool) -> Rehearsed:
+        """The step with its loss as it is, or in chunks.
+
+        Raises:
+            ModelError: Its loss is not one that can be computed in chunks.
+        """
+        if not chunked:
+            return self._rehearse(job)
+        with spared_logits(job.model, cuda=self._entry.backend == "cuda") as is_one:
+            try:
+                found = self._rehearse(job) if is_one else None
+            except NotChunkedError:
+                found = None
+        if found is None:
+            raise ModelError(f"The loss of {self._name} cannot be predicted in chunks: leave `chunked_loss` out.")
+        return found
 
     def _rehearse(self, job: tasks.Job) -> Rehearsed:
         """The step with the kernels and at the rates of the device; blocks that cannot be replayed are split."""
@@ -157,10 +183,16 @@ class Forecast:
             try:
                 with Rehearsal(job.model, blocks, ledger, doubles=doubles) as rehearsal, ledger, kernels:
                     found = rehearsal.run(job.batch, job.loss, self._optimizer, resident=self._accumulate > 1)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            except (MemfitError, NotChunkedError):
+                raise
+            except Exception as error:
+                if doubles:  # a block that was passed over may have left out what others look for
+                    doubles = False
+                    continue
+                what = str(error).splitlines()[0] if str(error) else ""
                 raise ModelError(
-                    f"{self._name} makes tensors whose shapes depend on values (`{error.func}`), which nobody knows "
-                    "beforehand. Plan it on a real batch: `memfit plan FILE.py:FUNCTION`."
+                    f"{self._name} does not run on tensors without contents: {type(error).__name__}: {what[:200]} "
+                    "Plan it on a real batch: `memfit plan FILE.py:FUNCTION`."
                 ) from error
             for parameter in job.model.parameters():
                 parameter.grad = None
@@ -173,7 +205,7 @@ class Forecast:
 
     def within(self, budget: int | float | str | None = None) -> Prediction:
         """The fastest plan whose highest peak fits; where none does, the one with the smallest peak."""
-        limit = _limit(budget, self._entry)
+        limit = limit_of(budget, self._entry)
         if not isinstance(limit, int):
             return self.of(self.solve("min"))
         try:
@@ -213,7 +245,7 @@ class Forecast:
 
     @property
     def _slack(self) -> tuple[float, float]:
-        return _SLACK[self._entry.backend]
+        return SLACK[self._entry.backend]
 
     @property
     def _base(self) -> int:
@@ -247,12 +279,15 @@ class Forecast:
             forward_flops=rehearsed.forward_flops,
             backward_flops=rehearsed.backward_flops,
             recomputed_flops=again,
-            alternatives=tuple(
-                Alternative(name=name, peak_bytes=self._size(each), step_seconds=self._seconds(each))
-                for name, each in self._switches(budget)
+            alternatives=(
+                *(
+                    Alternative(name=name, peak_bytes=self._size(each), step_seconds=self._seconds(each))
+                    for name, each in todays(self.profile, lambda each: self._size(each) <= budget)
+                ),
+                *self._with_chunked_loss(limit),
             ),
             plan=plan,
-            not_counted=_not_counted(self._entry, rehearsed),
+            not_counted=(*not_counted(self._entry, rehearsed), *self._own_checkpointing),
             num_parameters=self._num_parameters,
             num_trainable=self._num_trainable,
         )
@@ -273,21 +308,14 @@ class Forecast:
         }
         return simulate_plan(replace(profile, programs=programs), plan).recompute_seconds
 
-    def _switches(self, budget: int) -> Iterable[tuple[str, Plan]]:
-        """What people switch on today; of every-n-th-layer the largest n that fits, or 2."""
-        profile = self.profile
-        yield "nothing", switched(profile, policy="plain")
-        yield "full checkpointing", switched(profile, policy="full")
-        yield "selective checkpointing", switched(profile, policy="selective")
-        num_blocks = len({call.name for call in profile.calls})
-        best: tuple[str, Plan] | None = None
-        for every in range(2, num_blocks + 1):
-            plan = switched(profile, every_n_layers=every)
-            if best is not None and self._size(plan) > budget:
-                break
-            best = f"every {_ordinal(every)} layer", plan
-        if best is not None:
-            yield best
+    def _with_chunked_loss(self, limit: int | None) -> Iterable[Alternative]:
+        """What the chunked loss would bring."""
+        if self._spared is None:
+            return
+        other = copy.copy(self)
+        other._rehearsed, other._spared = self._spared, None
+        found = other.within(limit if limit is not None else "min")
+        yield Alternative(name="memfit, chunked loss", peak_bytes=found.peak.expected, step_seconds=found.step_seconds)
 
     def _peak(self, plan: Plan) -> Peak:
         """The peak of a plan, and what it consists of."""
@@ -326,35 +354,6 @@ def _split(block: tuple[str, torch.nn.Module], names: Collection[str]) -> list[t
     if name not in names:
         return [block]
     return [(f"{name}.{child}" if name else child, part) for child, part in replayable_children(module)]
-
-
-def _ordinal(number: int) -> str:
-    suffix = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{suffix}"
-
-
-def _not_counted(entry: Hardware, rehearsed: Rehearsed) -> tuple[str, ...]:
-    sentences = ["Data loading, evaluation, saving and logging."]
-    if entry.backend == "cuda":
-        sentences.append(
-            "Compiled or third-party kernels (torch.compile, Liger, Unsloth): attention and dropout are torch's own."
-        )
-        sentences.append("Numbers for CUDA come from CUDA's operators without a GPU; no run on one confirms them yet.")
-    if entry.backend == "mps":
-        sentences.append("What Metal's kernels keep differs from CPU's, which is what is counted.")
-    if rehearsed.looked_at_values:
-        sentences.append("What the model does depending on values: it asked for some, and was told false or zero.")
-    return (*sentences, *rehearsed.notes)
-
-
-def _limit(budget: int | float | str | None, entry: Hardware) -> int | str:
-    usable = entry.memory_bytes - (CUDA_CONTEXT_BYTES if entry.backend == "cuda" else 0)
-    parsed = parse_budget(budget)
-    if parsed.kind in ("none", "auto"):
-        return usable
-    if parsed.kind == "percent":
-        return int(entry.memory_bytes * (parsed.value or 0) / 100)
-    return "min" if parsed.kind == "min" else int(parsed.value or 0)
 
 
 def _configuration(model: Any) -> Any:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from memfit.cli.options import CHUNKED_LOSS, add_chunked_loss
 from memfit.errors import UsageError
 from memfit.hardware import parse_gpus
 from memfit.units import parse_budget
@@ -42,6 +43,7 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     step.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
     step.add_argument("--group", type=int, default=8, metavar="N", help="passages for each query: embedder, reranker")
     step.add_argument("--trust-remote-code", action="store_true", help="run the code that a configuration brings")
+    add_chunked_loss(parser, auto=False)
     device = parser.add_argument_group("the device")
     device.add_argument("--gpu", "--gpus", metavar="NAME", help="such as `rtx4090`, `a100-40gb`, `8xh100`, `here`")
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
@@ -60,13 +62,33 @@ def check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"`--{name} {value}` is below 1.")
     if not 0 <= arguments.lora_dropout < 1:
         raise UsageError(f"`--lora-dropout {arguments.lora_dropout}` is no probability below 1.")
+    if arguments.lora is None and (arguments.lora_targets or arguments.lora_dropout):
+        raise UsageError("`--lora-targets` and `--lora-dropout` are of adapters: give their rank with `--lora`.")
+    for name in ("freeze", "lora_targets"):
+        if getattr(arguments, name) is not None and not _parts(getattr(arguments, name)):
+            raise UsageError(f"`--{name.replace('_', '-')}` names nothing.")
     parse_budget(getattr(arguments, "budget", None))
     if arguments.gpu is not None:
         parse_gpus(arguments.gpu)
 
 
-def forecaster(arguments: argparse.Namespace, model: str) -> Callable[[int, int], Forecast]:
-    """From a batch and a length to the forecast of a step."""
+def refuse_for_functions(arguments: argparse.Namespace) -> None:
+    """What a function builds has these already.
+
+    Raises:
+        UsageError: One of them is given.
+    """
+    for name in ("lora", "freeze", "task", "attention"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"`--{name}` is for models by name: build it into what `{arguments.target}` returns.")
+
+
+def _parts(words: str | None) -> list[str]:
+    return [part.strip() for part in (words or "").split(",") if part.strip()]
+
+
+def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = True) -> Callable[[int, int], Forecast]:
+    """From a batch and a length to the forecast of a step; ``compares``: as `Forecast` has it."""
     from memfit import configurations
     from memfit.forecast import Forecast
 
@@ -76,10 +98,11 @@ def forecaster(arguments: argparse.Namespace, model: str) -> Callable[[int, int]
         "attention": arguments.attention,
         "padded": arguments.padded,
         "lora": arguments.lora,
-        "lora_targets": arguments.lora_targets.split(",") if arguments.lora_targets else None,
+        "lora_targets": _parts(arguments.lora_targets) or None,
         "lora_dropout": arguments.lora_dropout,
-        "freeze": arguments.freeze.split(",") if arguments.freeze else (),
+        "freeze": _parts(arguments.freeze),
         "group": arguments.group,
+        "compares": compares,
     }
     return lambda batch, length: Forecast(
         config, **device_options(arguments), task=arguments.task, batch_size=batch, length=length, **options
@@ -94,4 +117,5 @@ def device_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_devices": count,
         "optimizer": arguments.optimizer or "adamw",
         "accumulate": arguments.accumulate,
+        "chunked_loss": CHUNKED_LOSS.get(arguments.chunked_loss, False),
     }

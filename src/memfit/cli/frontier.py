@@ -26,7 +26,9 @@ def execute(arguments: argparse.Namespace) -> int:
     check(arguments)
     if not 2 <= arguments.points <= 100:
         raise UsageError(f"`--points {arguments.points}` is not between 2 and 100.")
-    predictions = forecaster(arguments, arguments.model)(arguments.batch, arguments.seq).frontier(arguments.points)
+    predictions = forecaster(arguments, arguments.model, compares=False)(arguments.batch, arguments.seq).frontier(
+        arguments.points
+    )
     if arguments.json:
         print(json.dumps([each.to_dict() for each in predictions], indent=2, allow_nan=False))
         return 0

@@ -19,6 +19,7 @@ examples:
 """
 EXIT_TOO_LARGE = 3
 MAX_BATCH = 65536
+MAX_POSITIONS = 2**20
 TOKENS = 64
 """A sequence is a multiple of that many."""
 
@@ -35,7 +36,9 @@ def execute(arguments: argparse.Namespace) -> int:
     check(arguments)
     if (arguments.batch is None) == (arguments.seq is None):
         raise UsageError("Give `--seq N` for the largest batch, or `--batch N` for the longest sequence.")
-    forecast = forecaster(arguments, arguments.model)
+    if arguments.budget == "min":
+        raise UsageError("Every step fits into its own smallest peak: give `max` a budget in bytes, or a device.")
+    forecast = forecaster(arguments, arguments.model, compares=False)
     by_batch = arguments.batch is None
 
     def fits(number: int) -> bool:
@@ -79,7 +82,9 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 def _positions(arguments: argparse.Namespace) -> int:
     from memfit import configurations
+    from memfit.simulation.tasks import positions_of, task_of
 
     config = configurations.load(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    text = config.get_text_config()
-    return int(getattr(text, "max_position_embeddings", None) or 2**20)
+    if (arguments.task or task_of(config)) == "image":
+        raise UsageError("An image has no tokens: leave `--batch` out, and the largest batch is looked for.")
+    return positions_of(config) or MAX_POSITIONS

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memfit.cli.forecasting import MODEL_HELP, add_step, check, device_options, forecaster
-from memfit.cli.options import add_budget, add_chunked_loss, rank, read_budget
+from memfit.cli.forecasting import MODEL_HELP, add_step, check, device_options, forecaster, refuse_for_functions
+from memfit.cli.options import add_budget, rank, read_budget
 from memfit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target", metavar="MODEL | FILE.py:FUNCTION", help=f"{MODEL_HELP}; or a function that builds one and a batch"
     )
     add_budget(parser)
-    add_chunked_loss(parser, auto=False)
     add_step(parser)
     parser.add_argument("--explain", action="store_true", help="of a model: how many FLOPs a step has, and why")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the plan for `memfit run --plan FILE`")
@@ -64,6 +63,7 @@ def execute(arguments: argparse.Namespace) -> int:
         _refuse_switches(arguments)
     if not _is_function(arguments.target):
         return _predict(arguments, forecaster(arguments, arguments.target)(arguments.batch, arguments.seq))
+    refuse_for_functions(arguments)
     built = _load(arguments.target)()
     if not isinstance(built, tuple) or len(built) not in (2, 3):
         raise UsageError(

@@ -14,9 +14,9 @@ from memfit.simulation.doubles import Template
 from memfit.simulation.recording import FakeRecorder
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Parked:
-    """What autograd would have saved: its geometry; the tensor itself if it is a parameter."""
+    """What autograd would have saved: its geometry; the tensor itself if it is a parameter, or the block returns it."""
 
     call: Call
     index: int
@@ -31,7 +31,7 @@ class Call:
 
     Attributes:
         tensors: Its arguments, while it runs.
-        parked: What autograd would save, until the forward ends (late drop).
+        parked: What autograd would save, and what is returned for it, until the forward ends (late drop).
         outputs: Identity and storage of each tensor that it returned.
         program: What it ran.
         op_flops: Of each op of that.
@@ -51,7 +51,7 @@ class Call:
     name: str
     index: int
     tensors: list[torch.Tensor] = field(default_factory=list)
-    parked: list[torch.Tensor] = field(default_factory=list)
+    parked: list[tuple[Parked, torch.Tensor]] = field(default_factory=list)
     outputs: list[tuple[int, StorageWeakRef]] = field(default_factory=list)
     recorder: FakeRecorder | None = None
     hooks: Any = None

@@ -2,12 +2,13 @@
 
 A model of 80 equal layers runs the code of three. The others get outputs and gradients of the right geometry, so that
 everything outside sees the same memory at the same moments. Equal means: the same classes with the same plain
-attributes and parameters of the same geometry throughout, called with the same arguments; two of them were recorded
-and gave the same program, and the last one of the model is recorded too and has to agree.
+attributes and parameters of the same geometry throughout, called with the same arguments; two of them were recorded,
+gave the same program and left nothing behind, and the last one of the model is recorded too and has to agree.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -21,29 +22,41 @@ from memfit.signature import describe
 _NUMBERED = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
 """Attributes by which equal layers differ: their place, which caches are asked with."""
 _TENSOR = object()
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_SKIPPED = (*_NUMBERED, "_parameters", "_buffers", "_modules")
+_MAX_DEPTH = 4
+_PLACE = re.compile(r"\.\d+\.")
+"""In a name such as ``model.layers.7.self_attn``, which adapters remember."""
 
 
 def kind_of(module: torch.nn.Module) -> Hashable:
     """What equal blocks have in common."""
     parts: list[Hashable] = []
     for name, child in module.named_modules():
-        plain = [(key, repr(v)) for key, v in vars(child).items() if _is_plain(v) and key not in _NUMBERED]
+        plain = [(key, _of(value)) for key, value in vars(child).items() if key not in _SKIPPED]
         own = [
             (key, tuple(t.shape), t.stride(), t.dtype, t.requires_grad)
             for table in (child._parameters, child._buffers)
             for key, t in table.items()
             if t is not None
         ]
-        hooked = bool(child is not module and (child._forward_hooks or child._forward_pre_hooks))
-        parts.append((name, type(child), tuple(plain), tuple(own), hooked and id(child)))
+        parts.append((name, type(child), tuple(plain), tuple(own)))
     return tuple(parts)
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, _PLAIN)
+def _of(value: object, depth: int = 0) -> Hashable:
+    """What two attributes that mean the same have in common: plain values by value, what is not plain by identity."""
+    if isinstance(value, str):
+        return _PLACE.sub(".", value)
+    if isinstance(value, _PLAIN):
+        return type(value), repr(value)
+    if depth < _MAX_DEPTH and isinstance(value, (tuple, list)):
+        return type(value), tuple(_of(item, depth + 1) for item in value)
+    if depth < _MAX_DEPTH and isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_of(item, depth + 1) for item in value)
+    if depth < _MAX_DEPTH and isinstance(value, dict):
+        return type(value), tuple((_of(key, depth + 1), _of(item, depth + 1)) for key, item in value.items())
+    return id(value)
 
 
 def key_of(kind: Hashable, tensors: list[torch.Tensor], rest: list[Any]) -> Hashable:
@@ -62,6 +75,7 @@ class Template:
         program: What it recorded.
         values: Geometry of the tensors among its outputs.
         trains: Which of them need a gradient.
+        saved: Which of them the block's own backward reads.
         leaves: Its outputs, with `_TENSOR` in the place of each tensor.
         structure: Of the outputs.
         seconds, flops: Of its forward.
@@ -71,6 +85,7 @@ class Template:
     program: Program
     values: tuple[Value, ...]
     trains: tuple[bool, ...]
+    saved: tuple[bool, ...]
     leaves: tuple[Any, ...]
     structure: TreeSpec
     seconds: float
@@ -96,6 +111,7 @@ def template(index: int, program: Program, output: Any, *, seconds: float, flops
         program=program,
         values=tuple(program.outputs),
         trains=tuple(tensor.requires_grad for tensor in tensors),
+        saved=tuple(any(s.value.node == value.node for s in program.saved) for value in program.outputs),
         leaves=tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves),
         structure=structure,
         seconds=seconds,
@@ -123,6 +139,7 @@ class _Double(torch.autograd.Function):
         ctx.geometry = [(tuple(t.shape), t.dtype) if t.requires_grad else None for t in inputs]
         outputs = [torch.empty_strided(v.size, v.stride, dtype=v.dtype) for v in made.values]
         ctx.mark_non_differentiable(*(t for t, trains in zip(outputs, made.trains, strict=True) if not trains))
+        ctx.save_for_backward(*(t for t, saved in zip(outputs, made.saved, strict=True) if saved))
         return tuple(outputs)
 
     @staticmethod

@@ -23,8 +23,32 @@ def twin(model: torch.nn.Module) -> torch.nn.Module:
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = _empty(buffer)
+        for value in vars(module).values():
+            _add_tensors(value, memo)
     made: torch.nn.Module = copy.deepcopy(model, memo)
     return made
+
+
+def _add_tensors(value: Any, memo: dict[int, Any]) -> None:
+    """Plain attributes may be tensors, or hold some."""
+    if isinstance(value, torch.Tensor):
+        memo.setdefault(id(value), _empty(value))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _add_tensors(item, memo)
+    elif type(value) is dict:
+        for item in value.values():
+            _add_tensors(item, memo)
+
+
+def uncheckpointed(model: torch.nn.Module) -> tuple[str, ...]:
+    """Switch a model's own gradient checkpointing off, since a plan takes its place; says so, if it was on."""
+    found = False
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010  # no parameter or module
+            found = True
+    return ("The model's own gradient checkpointing: a plan takes its place, and `nothing` is without it.",) * found
 
 
 def fake_batch(batch: Any) -> Any:
@@ -43,7 +67,7 @@ def fake_tensors() -> Iterator[None]:
     They look for fake tensors, and then prepare for being compiled: with masks that an eager step does not make. And
     they look at position ids to see whether sequences are packed, which those made here are not.
     """
-    with FakeTensorMode(), contextlib.ExitStack() as stack:
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
         if "transformers" in sys.modules:
             from transformers import masking_utils
             from transformers.utils import import_utils

@@ -25,7 +25,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak: The most of them since `reset_peak`.
         flops: Of all ops so far: a multiplication and an addition are two.
         seconds: Of all ops so far.
-        looked_at_values: Whether Python asked for a value, which was answered with false or zero.
+        looked_at_values: Whether Python asked for a value, which was answered with false, zero or 1.0.
     """
 
     def __init__(self, op_seconds: OpSeconds) -> None:
@@ -80,9 +80,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _value_of(self, tensor: torch.Tensor) -> Any:
-        """Nobody knows: false, or zero. So a mask does have padding, where a model asks whether it has none."""
+        """Nobody knows: false, zero, or 1.0. So a mask does have padding, where a model asks whether it has none."""
         self.looked_at_values = True
-        return False if tensor.dtype is torch.bool else 0.0 if tensor.dtype.is_floating_point else 0
+        return False if tensor.dtype is torch.bool else 1.0 if tensor.dtype.is_floating_point else 0
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         formula = flop_registry.get(func._overloadpacket)

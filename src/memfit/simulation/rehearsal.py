@@ -24,7 +24,7 @@ from memfit.simulation.call import Call, Parked
 from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.recording import FakeRecorder
-from memfit.simulation.results import Rehearsed, gradients_at_events, profiles, read, spans
+from memfit.simulation.results import Rehearsed, gradients_at_events, outlived, profiles, read, spans
 from memfit.training import TrainingState
 
 _RECORDED = 2
@@ -59,16 +59,20 @@ class Rehearsal:
         self._loss_peak = 0
         self._states: TrainingState | None = None
         self._notes: dict[str, None] = {}
+        self._changed: dict[str, None] = {}  # blocks that left something behind
         self._templates: dict[Hashable, list[Template]] = {}
         self._kinds = {name: kind_of(module) for name, module in blocks} if doubles else {}
         self._last = {kind: name for name, kind in self._kinds.items()}  # of each kind: it is always recorded
         self._trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in blocks}
         self._modules = dict(blocks)
+        self._own: dict[str, Any] = {}  # forwards that somebody has given a block
         self._hooks = []
         for name, module in blocks:
+            self._own[name] = vars(module).get("forward")
             module.forward = partial(self._forward, name, module.forward)
             self._hooks.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._after, with_kwargs=True))
+        self._during = {name: kind_of(module) for name, module in blocks} if doubles else {}
 
     def __enter__(self) -> Rehearsal:
         return self
@@ -79,15 +83,24 @@ class Rehearsal:
             if call.recorder is not None:
                 call.recorder.__exit__(None, None, None)
                 call.hooks.__exit__(None, None, None)
-        for module in self._modules.values():
+        for name, module in self._modules.items():
             del module.forward
+            if self._own[name] is not None:
+                module.forward = self._own[name]
         for hook in self._hooks:
             hook.remove()
 
     @property
     def differs(self) -> bool:
-        """Whether a block ran another program than those that seemed equal to it: then none may be passed over."""
-        return any(len({each.program.key for each in known}) > 1 for known in self._templates.values())
+        """Whether a block ran another program than those that seemed equal to it, or what it made outlived it.
+
+        Then none may be passed over.
+        """
+        if any(len({each.program.key for each in known}) > 1 for known in self._templates.values()):
+            return True
+        used = {call.template.program.key for call in self._calls if call.template is not None}
+        recorded = [call for call in self._calls if call.template is None and call.program is not None]
+        return any(outlived(call) for call in recorded if call.program is not None and call.program.key in used)
 
     @property
     def not_replayable(self) -> set[str]:
@@ -163,8 +176,13 @@ class Rehearsal:
             call.op_flops = recorder.flops
             seconds, flops = self._ledger.seconds - call.forward_seconds, self._ledger.flops - call.forward_flops
             call.program.forward_seconds = max(seconds, 1e-12)
+            for parked, alias in call.parked:
+                if call.program.nodes[parked.value.node].output:
+                    parked.tensor = alias  # a plan can drop it no more than its caller can
+            if call.name in self._during and kind_of(module) != self._during[call.name]:
+                self._changed[call.name] = None
             made = template(call.index, call.program, output, seconds=seconds, flops=flops)
-            if made is not None and call.key is not None:
+            if made is not None and call.key is not None and call.name not in self._changed:
                 self._templates.setdefault(call.key, []).append(made)
         call.tensors, call.parked = [], []
         self._ledger.reset_peak()  # what peaked inside is the program's
@@ -191,16 +209,17 @@ class Rehearsal:
             nonlocal count
             alias = tensor.detach()
             recorder.pack(alias)
-            call.parked.append(alias)
             saved = recorder.program.saved[-1]
             node = recorder.program.nodes[saved.value.node]
             count += 1
+            parked = Parked(call, count - 1, saved.value, alias.device, None)
             if node.leaf is not None and node.leaf.kind != "input":
-                return Parked(call, count - 1, saved.value, alias.device, alias)
-            storage = alias.untyped_storage()
+                parked.tensor = alias
+                return parked
+            call.parked.append((parked, alias))
             if node.producer is not None:
-                call.made[saved.value.node] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            return Parked(call, count - 1, saved.value, alias.device, None)
+                call.made[saved.value.node] = StorageWeakRef(alias.untyped_storage())  # type: ignore[no-untyped-call]
+            return parked
 
         return pack
 

@@ -94,20 +94,28 @@ def spans(
     return found
 
 
+def outlived(call: Call) -> set[int]:
+    """Nodes of what a block made and did not return that are alive when the backward begins: somebody holds them."""
+    if call.program is None:
+        return set()
+    nodes = call.program.nodes
+    taken = {node.storage for node in nodes if node.output or node.leaf is not None}
+    return {number for number in call.alive if nodes[number].storage not in taken}
+
+
 def profiles(calls: Sequence[Call], took: Mapping[int, tuple[float, float, float]]) -> dict[str, ProgramProfile]:
     """Of every program: what its recorded calls have in common."""
     found: dict[str, ProgramProfile] = {}
     held: dict[str, set[int]] = {}
     for call in calls:
         if call.program is not None and call.template is None and call.backward_start is not None:
-            held[call.program.key] = held.get(call.program.key, call.alive) & call.alive
+            alive = outlived(call)
+            held[call.program.key] = held.get(call.program.key, alive) & alive
     for call in calls:
         program = call.program
         if program is None or program.key in found or program.key not in held:
             continue
-        taken = {node.storage for node in program.nodes if node.output or node.leaf is not None}
-        alive = {n for n in held[program.key] if program.nodes[n].storage not in taken}
-        profile = profile_program(program, held=alive)
+        profile = profile_program(program, held=held[program.key])
         found[program.key] = replace(profile, backward_seconds=took[call.index][0])
     return found
 

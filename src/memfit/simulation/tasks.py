@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from memfit.simulation.fakes import twin
 
 TASKS = ("causal-lm", "embedder", "reranker", "classification", "seq2seq", "image")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod")
 PRECISIONS = (*DTYPES, "bf16-mixed", "fp16-mixed")
 
 
@@ -48,6 +50,18 @@ def task_of(config: Any) -> str:
         return "image"
     causal = "CausalLM" in names or "LMHead" in names
     return "causal-lm" if causal or getattr(config, "is_decoder", False) else "embedder"
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest sequence that a model takes; ``None`` where its configuration names no limit."""
+    text = getattr(config, "get_text_config", lambda: config)()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    found = [limit for limit in limits if isinstance(limit, int)]
+    if not found:
+        return None
+    # RoBERTa's positions begin after that of padding.
+    taken = (getattr(text, "pad_token_id", None) or 0) + 1 if text.model_type in _FROM_PADDING else 0
+    return min(found) - taken
 
 
 def build(
@@ -94,9 +108,9 @@ def build(
     for name, value in (("batch", batch_size), ("seq", length), ("group", group)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"`{name}={value}` is not a positive integer.")
-    text = getattr(config, "get_text_config", lambda: config)()
-    positions = getattr(text, "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions and task not in ("image",):
+    config = copy.deepcopy(config)
+    positions = positions_of(config)
+    if positions is not None and length > positions and task != "image":
         raise UsageError(
             f"`seq={length}` is beyond the {positions} positions of this {config.model_type}. Give at most {positions}."
         )
@@ -154,6 +168,8 @@ def _model(config: Any, task: str, dtype: torch.dtype, attention: str | None) ->
         made: torch.nn.Module = getattr(transformers, kind).from_config(config, dtype=dtype, **options)
     except ValueError as error:
         first = str(error).splitlines()[0]
+        if attention is not None and "attn_implementation" in first:
+            raise UsageError(f"There is no attention `{attention}` for this model. {first}") from error
         raise ModelError(f"transformers has no {task} model for `{config.model_type}`: {first}") from error
     return made
 

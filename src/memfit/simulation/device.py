@@ -1,0 +1,40 @@
+"""What a device leaves for tensors, and what a prediction for it leaves out."""
+
+from __future__ import annotations
+
+from memfit.hardware import Hardware
+from memfit.simulation.results import Rehearsed
+from memfit.units import parse_budget
+
+CUDA_CONTEXT_BYTES = 600 * 2**20
+"""Of a device's memory: what driver, context and kernels take before the first tensor."""
+CUDA_WORKSPACE_BYTES = 72 * 2**20
+"""cuBLAS's, for the thread of the forward and that of the backward (32 MiB each on Hopper), and cuDNN's."""
+SLACK = {"cuda": (0.02, 0.06), "cpu": (0.03, 0.08), "mps": (0.05, 0.15)}
+"""What an allocator holds beside tensors, as a part of them: expected, and at most."""
+
+
+def limit_of(budget: int | float | str | None, entry: Hardware) -> int | str:
+    """Bytes that a peak is to fit into, or ``min``; by default what the device has."""
+    usable = entry.memory_bytes - (CUDA_CONTEXT_BYTES if entry.backend == "cuda" else 0)
+    parsed = parse_budget(budget)
+    if parsed.kind in ("none", "auto"):
+        return usable
+    if parsed.kind == "percent":
+        return int(entry.memory_bytes * (parsed.value or 0) / 100)
+    return "min" if parsed.kind == "min" else int(parsed.value or 0)
+
+
+def not_counted(entry: Hardware, rehearsed: Rehearsed) -> tuple[str, ...]:
+    """As sentences."""
+    sentences = ["Data loading, evaluation, saving and logging."]
+    if entry.backend == "cuda":
+        sentences.append(
+            "Compiled or third-party kernels (torch.compile, Liger, Unsloth): attention and dropout are torch's own."
+        )
+        sentences.append("Numbers for CUDA come from CUDA's operators without a GPU; no run on one confirms them yet.")
+    if entry.backend == "mps":
+        sentences.append("What Metal's kernels keep differs from CPU's, which is what is counted.")
+    if rehearsed.looked_at_values:
+        sentences.append("What the model does depending on values: it asked for some, and was told false, zero or 1.0.")
+    return (*sentences, *rehearsed.notes)

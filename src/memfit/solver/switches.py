@@ -1,0 +1,34 @@
+"""What people switch on today, as plans with names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from memfit.plans import Plan
+from memfit.profiles import StepProfile
+from memfit.solver.planner import switched
+
+
+def todays(profile: StepProfile, fits: Callable[[Plan], bool]) -> Iterator[tuple[str, Plan]]:
+    """Nothing, full and selective checkpointing, and every n-th layer: the largest n that fits, or 2.
+
+    Args:
+        profile: What a step costs.
+        fits: Whether a plan is small enough.
+    """
+    yield "nothing", switched(profile, policy="plain")
+    yield "full checkpointing", switched(profile, policy="full")
+    yield "selective checkpointing", switched(profile, policy="selective")
+    best: tuple[str, Plan] | None = None
+    for every in range(2, len({call.name for call in profile.calls}) + 1):
+        plan = switched(profile, every_n_layers=every)
+        if best is not None and not fits(plan):
+            break
+        best = f"every {_ordinal(every)} layer", plan
+    if best is not None:
+        yield best
+
+
+def _ordinal(number: int) -> str:
+    suffix = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{suffix}"
