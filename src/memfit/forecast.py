@@ -34,7 +34,7 @@ from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
 from memfit.simulation.target import CudaKernels
 from memfit.solver.peak import simulate as simulate_plan
-from memfit.solver.planner import solve
+from memfit.solver.planner import solve, switched
 from memfit.solver.switches import todays
 from memfit.units import parse_budget
 
