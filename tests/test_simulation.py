@@ -19,7 +19,6 @@ from memfit.blocks import find_blocks
 from memfit.errors import ModelError, UsageError
 from memfit.forecast import Forecast
 from memfit.plans import Plan
-from memfit.simulation import tasks
 from memfit.simulation.fakes import fake_tensors, twin
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
@@ -606,10 +605,3 @@ def test_the_model_is_left_alone():
     assert not model.training
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert transformers.utils.import_utils.is_fake_tensor.__module__.startswith("transformers")
-
-
-def test_tasks_have_the_names_of_the_command_line():
-    from memfit.cli import forecasting
-
-    assert forecasting.TASKS == tasks.TASKS
-    assert forecasting.DTYPES == tasks.PRECISIONS

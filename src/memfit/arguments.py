@@ -78,6 +78,16 @@ def check_optimizer(optimizer: object) -> None:
     )
 
 
+def check_positive(name: str, value: object) -> None:
+    """Refuse what is no count of at least one.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"`{name}={value}` is not a positive integer.")
+
+
 def check_loss(loss: object) -> None:
     """Refuse what cannot be called with an output and a batch.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from memfit import hardware, host
-from memfit.arguments import check_loss
+from memfit.arguments import check_loss, check_positive
 from memfit.blocks import find_blocks, replayable_children
 from memfit.errors import InfeasibleBudgetError, MemfitError, ModelError, UsageError
 from memfit.fingerprints import fingerprint
@@ -121,9 +121,8 @@ class Forecast:
         """Rehearse; ``compares``: also with a chunked loss, where that may pay, for the alternatives."""
         self._entry = hardware.find(device) if isinstance(device, str) else device
         check_loss(loss)
-        for name, value in (("accumulate", accumulate), ("num_devices", num_devices)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"`{name}={value}` is not a positive integer.")
+        check_positive("accumulate", accumulate)
+        check_positive("num_devices", num_devices)
         self._accumulate, self._num_devices = accumulate, num_devices
         self._optimizer = None
         if optimizer is not None:
@@ -194,8 +193,6 @@ class Forecast:
                     f"{self._name} does not run on tensors without contents: {type(error).__name__}: {what[:200]} "
                     "Plan it on a real batch: `memfit plan FILE.py:FUNCTION`."
                 ) from error
-            for parameter in job.model.parameters():
-                parameter.grad = None
             if rehearsal.differs:
                 doubles = False
                 continue

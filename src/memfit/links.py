@@ -28,7 +28,7 @@ from memfit.plans import Policy
 from memfit.profiles import Link
 from memfit.programs import Program, Value
 from memfit.replay import run_ops
-from memfit.signature import numeric_flags, output_tensors, set_numeric_flags
+from memfit.signature import numeric_flags, set_numeric_flags, tensors_in
 from memfit.solver.links import kept_input
 from memfit.steps import Environment, view_of
 
@@ -245,7 +245,7 @@ class Links:
             self.used = True
             call.block.offers += 1
             checked = call.fresh or call.block.offers <= CHECKED_OFFERS
-            self._local.offer = Offer(call, output_tensors(output), calls, checked=checked)
+            self._local.offer = Offer(call, tensors_in(output), calls, checked=checked)
 
     def enter(self, call: Call, calls: list[Call]) -> None:
         """A call begins: is one of its arguments what the call before it returned?"""
@@ -326,12 +326,20 @@ def _linked_nodes(call: Call) -> Link | None:
     assert call.compiled is not None
     if tie.offer is None:
         return None
-    before = tie.offer.program
-    linked = input_node(call.compiled.program, tie.argument)
-    output = before.outputs[tie.output].node
-    if linked is None or (before.nodes[output].leaf is None and not before.nodes[output].recomputable):
+    return link_of(tie.offer.program, tie.output, call.compiled.program, tie.argument)
+
+
+def link_of(before: Program, output: int, program: Program, argument: int) -> Link | None:
+    """The link of a call whose ``argument``-th tensor is the ``output``-th that the call before returned.
+
+    Returns:
+        ``None`` where a recipe cannot start from the one, or end in the other.
+    """
+    linked = input_node(program, argument)
+    node = before.outputs[output].node
+    if linked is None or (before.nodes[node].leaf is None and not before.nodes[node].recomputable):
         return None
-    return Link(input=linked, output=output)
+    return Link(input=linked, output=node)
 
 
 def _holders(call: Call) -> list[weakref.ref[torch.Tensor]]:

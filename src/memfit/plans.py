@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from memfit.errors import PlanError
+from memfit.files import write_whole
 from memfit.units import format_bytes
 
 SCHEMA_VERSION = 3
@@ -118,15 +118,9 @@ class Plan:
             PlanError: The file cannot be written.
         """
         target = Path(path)
-        temporary: str | None = None
         try:
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.replace(temporary, target)
+            write_whole(target, self.to_json())
         except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             raise PlanError(f"Cannot write the plan to `{target}`: {error.strerror}.") from error
 
     @staticmethod

@@ -7,6 +7,10 @@ from typing import Any
 
 from memfit.plans import Plan
 
+TASKS = ("causal-lm", "embedder", "reranker", "classification", "seq2seq", "image")
+"""What a configuration can be trained for."""
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed")
+"""Of the weights; mixed ones keep them in fp32 and autocast."""
 PARTS = (
     "weights",
     "gradients",
@@ -25,7 +29,7 @@ class Peak:
     """Bytes at the moment of the step that needs most.
 
     Attributes:
-        low: What tensors take: every allocation counted.
+        low: What tensors take, every allocation counted; on CPU the process itself beside them.
         expected: With what the allocator usually holds beside them.
         high: With the most that it may hold. A budget below this is no promise.
         event: The moment, such as ``loss``.

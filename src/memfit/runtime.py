@@ -36,7 +36,7 @@ from memfit.partitioned import WHOLE, only_reads
 from memfit.plans import Policy
 from memfit.programs import Program
 from memfit.sharding import shards_inside
-from memfit.signature import numeric_flags, output_tensors, parameter_slots, read_arguments
+from memfit.signature import numeric_flags, parameter_slots, read_arguments, tensors_in
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
 from memfit.verification import verify
@@ -272,7 +272,7 @@ class Runtime:
         block, recorder, inputs = call.block, call.recorder, call.tensors
         assert recorder is not None
         call.recorder = None
-        outputs = output_tensors(output)
+        outputs = tensors_in(output)
         custom: set[int] = set()
         for node in graph.custom_nodes(outputs, inputs):
             custom |= set() if only_reads(node) else call.packed_by(node)
@@ -346,7 +346,7 @@ class Runtime:
         if not call.fresh:
             difference = call.differs()
             if not difference and self._checks_graph(entry):
-                outputs = output_tensors(output)
+                outputs = tensors_in(output)
                 if graph.fingerprint(outputs, call.tensors) != state.program.graph:
                     difference = "its autograd graph changed"
             if difference:

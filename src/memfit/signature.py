@@ -113,10 +113,10 @@ def plain_attributes(structure: Any) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if isinstance(value, SCALARS)}
 
 
-def output_tensors(output: Any) -> list[torch.Tensor]:
-    """The tensors that a block returned, in order (model outputs of Hugging Face are ordered mappings)."""
+def tensors_in(structure: Any) -> list[torch.Tensor]:
+    """The tensors that a block returned or an op was given, in order (Hugging Face's outputs are ordered mappings)."""
     tensors: list[torch.Tensor] = []
-    _collect(output, tensors)
+    _collect(structure, tensors)
     return tensors
 
 

@@ -31,6 +31,7 @@ from memfit.host import memory_ran_out
 from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
 from memfit.readers import patch_readers, python_random_state, restore_readers
 from memfit.replay import generator_of
+from memfit.signature import tensors_in
 from memfit.storages import Storages, address_of, covers, geometry
 from memfit.tape import Tape
 
@@ -148,7 +149,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _record(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], site: Any) -> Any:
         started = time.perf_counter()
         program = self.program
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         for tensor in tensors:
             if type(tensor) not in self._nodes.plain or tensor.layout is not torch.strided:
                 program.foreign = program.foreign or type(tensor).__name__
@@ -380,16 +381,6 @@ def _template(structure: Any, reads: dict[int, int]) -> Any:
     if isinstance(structure, dict):
         return {key: _template(item, reads) for key, item in structure.items()}
     return structure
-
-
-def _tensors(structure: Any) -> list[torch.Tensor]:
-    if isinstance(structure, torch.Tensor):
-        return [structure]
-    if isinstance(structure, (list, tuple)):
-        return [t for item in structure for t in _tensors(item)]
-    if isinstance(structure, dict):
-        return [t for item in structure.values() for t in _tensors(item)]
-    return []
 
 
 def _outputs(result: Any) -> list[tuple[int | None, torch.Tensor]]:

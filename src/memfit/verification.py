@@ -12,7 +12,7 @@ from memfit.frames import Frame
 from memfit.host import memory_ran_out
 from memfit.links import run_output
 from memfit.replay import Restorer
-from memfit.signature import output_tensors
+from memfit.signature import tensors_in
 
 
 def verify(call: Call, frame: Frame, output: Any) -> str:
@@ -66,7 +66,7 @@ def _differing_output(call: Call, frame: Frame, output: Any, given: list[tuple[i
     if recipe is None:
         return {}
     leaves = call.cells()
-    for shown, tensor in zip(compiled.program.outputs, output_tensors(output), strict=True):
+    for shown, tensor in zip(compiled.program.outputs, tensors_in(output), strict=True):
         if shown.node != recipe.node:
             continue
         env = {n: call.widened(n, leaves[n][0]) for n in recipe.leaves}

@@ -12,13 +12,13 @@ from typing import NoReturn
 
 from memfit._version import __version__
 from memfit.cli import doctor, frontier, largest, plan, run
+from memfit.cli.options import EXIT_INFEASIBLE
 from memfit.errors import BudgetError, InfeasibleBudgetError, MemfitError, PlanError, UsageError
 
 __all__ = ["EXIT_ERROR", "EXIT_INFEASIBLE", "EXIT_USAGE", "VERBS", "build_parser", "main"]
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-EXIT_INFEASIBLE = 3
 EXIT_INTERRUPTED = 130
 
 VERBS = {"run": run, "plan": plan, "frontier": frontier, "max": largest, "doctor": doctor}

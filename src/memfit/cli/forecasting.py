@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from memfit.cli.options import CHUNKED_LOSS, add_chunked_loss
 from memfit.errors import UsageError
 from memfit.hardware import parse_gpus
+from memfit.predictions import PRECISIONS, TASKS
 from memfit.units import parse_budget
 
 if TYPE_CHECKING:
     from memfit.forecast import Forecast
 
-TASKS = ("causal-lm", "embedder", "reranker", "classification", "seq2seq", "image")
-DTYPES = ("fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed")
 MODEL_HELP = "a known model (`llama-3-8b`), a folder or `config.json`, or a name on the Hub"
 
 
@@ -32,7 +31,7 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     )
     step.add_argument("--seq", type=int, metavar="N", default=512 if batch else None, help="tokens of a row")
     step.add_argument("--task", choices=TASKS, help="by default what the configuration is for")
-    step.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights; `-mixed`: fp32 with autocast")
+    step.add_argument("--dtype", choices=PRECISIONS, default="bf16", help="of the weights; `-mixed`: fp32, autocast")
     step.add_argument("--attention", metavar="NAME", help="transformers' attention: `sdpa` (default) or `eager`")
     step.add_argument("--padded", action="store_true", help="rows have padding, so that attention gets a mask")
     step.add_argument("--lora", type=int, metavar="RANK", help="train LoRA adapters (PEFT) instead of the weights")

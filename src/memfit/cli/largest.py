@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from memfit.cli.forecasting import MODEL_HELP, add_step, check, forecaster
+from memfit.cli.options import EXIT_INFEASIBLE
 from memfit.errors import UsageError
 
 EPILOG = """\
@@ -17,7 +18,6 @@ examples:
   memfit max llama-3-8b --seq 4096 --lora 16 --gpu rtx4090
   memfit max llama-3-8b --batch 1 --lora 16 --gpu rtx4090
 """
-EXIT_TOO_LARGE = 3
 MAX_BATCH = 65536
 MAX_POSITIONS = 2**20
 TOKENS = 64
@@ -52,7 +52,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if best == 0:
         smallest = "a batch of 1" if by_batch else f"a sequence of {TOKENS} tokens"
         print(f"memfit: not even {smallest} fits", file=sys.stderr)
-        return EXIT_TOO_LARGE
+        return EXIT_INFEASIBLE
     step = (best, arguments.seq) if by_batch else (arguments.batch, best * TOKENS)
     prediction = forecast(*step).within(arguments.budget)
     if arguments.json:

@@ -9,6 +9,7 @@ from typing import Any
 from memfit.errors import UsageError
 from memfit.units import parse_budget
 
+EXIT_INFEASIBLE = 3
 POLICIES = ("full", "selective")
 CHUNKED_LOSS: dict[str, bool | str] = {"on": True, "off": False, "auto": "auto"}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.cli.forecasting import MODEL_HELP, add_step, check, device_options, forecaster, refuse_for_functions
-from memfit.cli.options import add_budget, rank, read_budget
+from memfit.cli.options import EXIT_INFEASIBLE, add_budget, rank, read_budget
 from memfit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ examples:
   memfit plan train.py:build --budget 6GiB -o plan.json
   torchrun --nproc-per-node 2 -m memfit plan train.py:build --budget 6GiB -o plan.json
 """
-
-EXIT_TOO_LARGE = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +109,7 @@ def _predict(arguments: argparse.Namespace, forecast: Forecast) -> int:
         from memfit.report.forecast import render_prediction
 
         print(render_prediction(prediction, explain=arguments.explain))
-    return 0 if prediction.fits else EXIT_TOO_LARGE
+    return 0 if prediction.fits else EXIT_INFEASIBLE
 
 
 def _is_function(target: str) -> bool:

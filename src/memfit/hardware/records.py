@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 from memfit.errors import CalibrationError
+from memfit.files import write_whole
 from memfit.hardware.entry import DTYPES, SOURCED, Backend, Dtype, Hardware
 
 SCHEMA_VERSION = 1
@@ -77,17 +77,10 @@ def save_record(record: CalibrationRecord, path: Path | None = None) -> Path:
         CalibrationError: The file cannot be written.
     """
     target = record_path() if path is None else path
-    temporary: str | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(record), file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.replace(temporary, target)
+        write_whole(target, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise CalibrationError(str(target), f"It cannot be written: {error.strerror}.") from error
     return target
 

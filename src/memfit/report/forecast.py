@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memfit.predictions import Prediction
+from memfit.report.text import columns
 from memfit.units import format_bytes, format_seconds
 
 _PARTS = {
@@ -66,7 +67,7 @@ def render_frontier(predictions: Sequence[Prediction]) -> str:
         for each in predictions
     ]
     title = f"{first.model} on {first.device}, {format_bytes(first.budget_bytes)} and up"
-    return "\n".join([title, *_columns([header, *cells])])
+    return "\n".join([title, *columns([header, *cells])])
 
 
 def _explained(prediction: Prediction) -> list[str]:
@@ -86,16 +87,4 @@ def _table(rows: Sequence[tuple[str, int, float]], budget: int, *, fits: bool) -
     for name, size, seconds in rows:
         within = fits if name == "memfit" else size <= budget
         cells.append((name, format_bytes(size), format_seconds(seconds), "" if within else "does not fit"))
-    return _columns([("switch", "peak", "step", ""), *cells], left={0, 3})
-
-
-def _columns(rows: Sequence[Sequence[str]], left: set[int] | None = None) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = left or set()
-    return [
-        "  ".join(
-            f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return columns([("switch", "peak", "step", ""), *cells], left={0, 3})

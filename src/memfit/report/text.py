@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from memfit.plans import Plan
@@ -159,14 +159,18 @@ def _table(rows: Sequence[BlockRow]) -> list[str]:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in (header, *cells)) for column in range(len(header))]
-    right = {1, 3, 4}
+    return columns([header, *cells], left={0, 2, 5})
+
+
+def columns(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
+    """Rows of a table, the header first: numbers end, and the columns of ``left`` begin, one below the other."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
-            f"{cell:>{width}}" if column in right else f"{cell:<{width}}"
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for line in (header, *cells)
+        for row in rows
     ]
 
 

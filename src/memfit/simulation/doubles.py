@@ -1,7 +1,7 @@
 """Blocks that are as one that was recorded: their forward and backward are passed over.
 
 A model of 80 equal layers runs the code of three. The others get outputs and gradients of the right geometry, so that
-everything outside sees the same memory at the same moments. Equal means: the same classes with the same plain
+everything outside sees the same memory at the same moments. Equal means: the same classes with the same
 attributes and parameters of the same geometry throughout, called with the same arguments; two of them were recorded,
 gave the same program and left nothing behind, and the last one of the model is recorded too and has to agree.
 """

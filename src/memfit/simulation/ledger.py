@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from memfit.memory import Meter
+from memfit.signature import tensors_in
 
 OpSeconds = Callable[[str, float, float, torch.dtype], float]
 """Seconds of an op from its aten name, FLOPs, bytes read and written, and dtype."""
@@ -87,53 +87,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         formula = flop_registry.get(func._overloadpacket)
         flops = float(formula(*args, **kwargs, out_val=out)) if formula is not None else 0.0
-        tensors = {id(t): t for t in _tensors((args, kwargs, out))}
+        tensors = {id(t): t for t in tensors_in((args, kwargs, out))}
         moved = sum(t.numel() * t.element_size() for t in tensors.values())
         dtype = next((t.dtype for t in tensors.values() if t.dtype.is_floating_point), torch.float32)
         self.flops += flops
         self.seconds += self._op_seconds(func._schema.name, flops, moved, dtype)
-
-
-class LedgerMeter(Meter):
-    """Reads a ledger as the profiler reads a device."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.device = torch.device("cpu")
-        self._ledger = ledger
-
-    def now(self) -> int:
-        return self._ledger.now
-
-    def peak(self) -> int:
-        return self._ledger.peak
-
-    def reset_peak(self) -> None:
-        self._ledger.reset_peak()
-
-    def allocated(self) -> int:
-        return self._ledger.now
-
-    def allocated_peak(self) -> int:
-        return self._ledger.peak
-
-    def release(self) -> None:
-        return
-
-    def total(self) -> int:
-        return 0
-
-    def free(self) -> int:
-        return 0
-
-    def outside(self) -> int:
-        return 0
-
-
-def _tensors(structure: Any) -> list[torch.Tensor]:
-    if isinstance(structure, torch.Tensor):
-        return [structure]
-    if isinstance(structure, (tuple, list)):
-        return [tensor for item in structure for tensor in _tensors(item)]
-    if isinstance(structure, dict):
-        return [tensor for item in structure.values() for tensor in _tensors(item)]
-    return []

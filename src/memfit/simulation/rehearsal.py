@@ -1,13 +1,14 @@
 """One training step of a model on fake tensors, read as a live step is.
 
-Inside blocks nothing is kept: what autograd would save is written down and made again, empty, when it is asked for. So
-what the ledger shows at a block's entry, in its forward and in its backward, is what lies outside the blocks, without
-any subtraction; and whatever of a block is still alive when the backward begins is held by somebody else.
+Of blocks nothing is kept but their parameters and what they return: all else that autograd would save is let go when
+the block's forward ends, and made again, empty, when it is asked for. So what the ledger shows between forwards, and
+where a block's backward begins, is what lies outside the blocks, without any subtraction; and whatever else of a block
+is alive when the backward begins is held by somebody else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from memfit import graph
 from memfit.errors import ModelError
 from memfit.profiler import Now, Reading, step_profile
 from memfit.programs import Leaf
-from memfit.signature import output_tensors, parameter_slots, read_arguments
+from memfit.signature import parameter_slots, read_arguments, tensors_in
 from memfit.simulation.call import Call, Parked
 from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
 from memfit.simulation.ledger import Ledger
@@ -58,8 +59,6 @@ class Rehearsal:
         self._num_backward = 0
         self._loss_peak = 0
         self._states: TrainingState | None = None
-        self._notes: dict[str, None] = {}
-        self._changed: dict[str, None] = {}  # blocks that left something behind
         self._templates: dict[Hashable, list[Template]] = {}
         self._kinds = {name: kind_of(module) for name, module in blocks} if doubles else {}
         self._last = {kind: name for name, kind in self._kinds.items()}  # of each kind: it is always recorded
@@ -99,8 +98,7 @@ class Rehearsal:
         if any(len({each.program.key for each in known}) > 1 for known in self._templates.values()):
             return True
         used = {call.template.program.key for call in self._calls if call.template is not None}
-        recorded = [call for call in self._calls if call.template is None and call.program is not None]
-        return any(outlived(call) for call in recorded if call.program is not None and call.program.key in used)
+        return any(outlived(c) for c in self._calls if c.program is not None and c.program.key in used)
 
     @property
     def not_replayable(self) -> set[str]:
@@ -152,13 +150,10 @@ class Rehearsal:
         return stand_in(made, [*call.tensors, *self._trained[name]], partial(self._enter_backward, call))
 
     def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._stack or self._stack[-1].name not in self._slots:
-            return
-        call = self._stack[-1]
-        if module is not self._module(call.name):
-            return
-        self._stack.pop()
-        outputs = output_tensors(output)
+        if not self._stack or module is not self._modules[self._stack[-1].name]:
+            return  # a block inside another
+        call = self._stack.pop()
+        outputs = tensors_in(output)
         call.outputs = [(id(tensor), StorageWeakRef(tensor.untyped_storage())) for tensor in outputs]  # type: ignore[no-untyped-call]
         recorder, call.recorder = call.recorder, None
         if recorder is None:
@@ -179,16 +174,11 @@ class Rehearsal:
             for parked, alias in call.parked:
                 if call.program.nodes[parked.value.node].output:
                     parked.tensor = alias  # a plan can drop it no more than its caller can
-            if call.name in self._during and kind_of(module) != self._during[call.name]:
-                self._changed[call.name] = None
             made = template(call.index, call.program, output, seconds=seconds, flops=flops)
-            if made is not None and call.key is not None and call.name not in self._changed:
+            if made is not None and call.key is not None and kind_of(module) == self._during[call.name]:
                 self._templates.setdefault(call.key, []).append(made)
         call.tensors, call.parked = [], []
         self._ledger.reset_peak()  # what peaked inside is the program's
-
-    def _module(self, name: str) -> torch.nn.Module:
-        return self._model.get_submodule(name)
 
     def _linked(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
         if not self._calls:
@@ -270,10 +260,12 @@ class Rehearsal:
             ModelError: No block took part in the backward, or the model looks at values.
         """
         ledger, model = self._ledger, self._model
+        for parameter in model.parameters():
+            parameter.grad = None
         parameters = [p for p in model.parameters() if p.requires_grad]
         ledger.see(model.parameters())
         parameter_bytes = ledger.now
-        ledger.see([*model.buffers(), *_tensors(batch)])
+        ledger.see([*model.buffers(), *tensors_in(batch)])
         self._states = states = TrainingState(model, None, torch.device("cpu"))
         start = ledger.now
         buffer_bytes = start - parameter_bytes
@@ -295,10 +287,8 @@ class Rehearsal:
             ledger.reset_peak()
             made.step()  # state is born at its beginning, and there when its temporaries are
             states.stepped(made)
-            optimizer_bytes, optimizer_seconds = ledger.peak - ledger.now, ledger.seconds - backward_ended
             reading.optimizer_peak = ledger.peak
-        else:
-            optimizer_bytes, optimizer_seconds = 0, 0.0
+        optimizer_seconds = ledger.seconds - backward_ended
         took = spans(self._calls, self._templates, backward_ended, backward_flops_ended)
         step_seconds = backward_ended - seconds + optimizer_seconds + sum(extra for _, extra, _ in took.values())
         backward_flops += sum(extra for _, _, extra in took.values())
@@ -318,16 +308,12 @@ class Rehearsal:
             op_flops={c.program.key: c.op_flops for c in self._calls if c.program is not None},
             parameter_bytes=parameter_bytes,
             buffer_bytes=buffer_bytes,
-            gradient_bytes=reading.gradients_end,
             state_bytes=born,
-            loss_bytes=self._loss_peak - start,
-            optimizer_bytes=optimizer_bytes,
             forward_flops=forward_flops,
             backward_flops=backward_flops,
             step_seconds=step_seconds,
             optimizer_seconds=optimizer_seconds,
             looked_at_values=ledger.looked_at_values,
-            notes=tuple(self._notes),
             gradients=gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident),
         )
 
@@ -337,11 +323,3 @@ def _saved_by(node: Any, call: Call) -> set[int]:
     raw = getattr(node, "_raw_saved_tensors", ()) or ()
     parked = [getattr(saved, "data", None) for saved in raw]
     return {each.index for each in parked if isinstance(each, Parked) and each.call is call}
-
-
-def _tensors(structure: Any) -> list[torch.Tensor]:
-    if isinstance(structure, torch.Tensor):
-        return [structure]
-    if isinstance(structure, Mapping):
-        structure = list(structure.values())
-    return [t for item in structure for t in _tensors(item)] if isinstance(structure, (list, tuple)) else []

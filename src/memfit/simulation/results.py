@@ -6,9 +6,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from memfit.costs import profile_program
-from memfit.links import input_node
+from memfit.links import link_of
 from memfit.profiler import CallReading
-from memfit.profiles import Link, ProgramProfile, StepProfile
+from memfit.profiles import ProgramProfile, StepProfile
 from memfit.simulation.call import Call
 from memfit.simulation.doubles import Template
 
@@ -20,15 +20,12 @@ class Rehearsed:
     Attributes:
         profile: The solver's input.
         op_flops: Of each op of each program.
-        parameter_bytes, gradient_bytes, state_bytes: Of the model, and of its optimizer once that has stepped.
+        parameter_bytes, state_bytes: Of the model, and of its optimizer once that has stepped.
         buffer_bytes: Of the model's buffers and of the batch.
-        loss_bytes: What the loss and the head add at their highest to what is there when the last block has ended.
-        optimizer_bytes: What the optimizer's step adds to what it finds.
         forward_flops, backward_flops: Of one micro-batch, nothing recomputed.
         step_seconds: Of the step that recomputes nothing.
         optimizer_seconds: Of which the optimizer's step.
         looked_at_values: Whether the model asked for values.
-        notes: What could not be planned for, and why.
         gradients: At each event of the profile.
     """
 
@@ -36,16 +33,12 @@ class Rehearsed:
     op_flops: dict[str, list[float]]
     parameter_bytes: int
     buffer_bytes: int
-    gradient_bytes: int
     state_bytes: int
-    loss_bytes: int
-    optimizer_bytes: int
     forward_flops: float
     backward_flops: float
     step_seconds: float
     optimizer_seconds: float
     looked_at_values: bool
-    notes: tuple[str, ...]
     gradients: tuple[int, ...]
 
 
@@ -122,13 +115,14 @@ def profiles(calls: Sequence[Call], took: Mapping[int, tuple[float, float, float
 
 def read(call: Call, calls: Sequence[Call]) -> CallReading:
     """A call, as a live step would have read it."""
-    replayed = call.program is not None
     link = None
-    if replayed and call.input is not None and not call.input_alive:
-        link = _link(call, calls)
+    if call.program is not None and call.input is not None and not call.input_alive:
+        argument, output = call.input
+        before = calls[call.index - 1].program
+        link = None if before is None else link_of(before, output, call.program, argument)
     return CallReading(
         call.name,
-        mode="replay" if replayed else "plain",
+        mode="replay" if call.program is not None else "plain",
         program=call.program.key if call.program is not None else "",
         link=link,
         forward_start=call.forward_start,
@@ -137,16 +131,3 @@ def read(call: Call, calls: Sequence[Call]) -> CallReading:
         gradients=call.gradients,
         backward_order=call.backward_order,
     )
-
-
-def _link(call: Call, calls: Sequence[Call]) -> Link | None:
-    assert call.input is not None
-    assert call.program is not None
-    before = calls[call.index - 1].program
-    if before is None:
-        return None
-    linked = input_node(call.program, call.input[0])
-    output = before.outputs[call.input[1]].node
-    if linked is None or (before.nodes[output].leaf is None and not before.nodes[output].recomputable):
-        return None
-    return Link(input=linked, output=output)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.arguments import check_positive
 from memfit.errors import ModelError, UsageError
+from memfit.predictions import PRECISIONS, TASKS
 from memfit.simulation.fakes import twin
 
-TASKS = ("causal-lm", "embedder", "reranker", "classification", "seq2seq", "image")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod")
-PRECISIONS = (*DTYPES, "bf16-mixed", "fp16-mixed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +106,7 @@ def build(
     if precision not in PRECISIONS:
         raise UsageError(f"There is no dtype `{precision}`. Known are {', '.join(f'`{p}`' for p in PRECISIONS)}.")
     for name, value in (("batch", batch_size), ("seq", length), ("group", group)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"`{name}={value}` is not a positive integer.")
+        check_positive(name, value)
     config = copy.deepcopy(config)
     positions = positions_of(config)
     if positions is not None and length > positions and task != "image":

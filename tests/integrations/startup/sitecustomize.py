@@ -2,7 +2,7 @@
 
 Entry points that do not leave their process group (the Trainer's, for one) may end with a collective under way, as
 ZeRO-3 prefetches. If it ends while the interpreter shuts down, Gloo's thread frees its tensors there, and that aborts
-the process, with Memfit and without: every second run of a Trainer with ZeRO-3 on two ranks and two busy cores. See
+the process, with Memfit and without, now and then: more often on busy cores. See
 https://github.com/pytorch/pytorch/pull/179291.
 """
 
