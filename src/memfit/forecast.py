@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,23 +18,22 @@ from memfit.fingerprints import fingerprint
 from memfit.hardware import Hardware
 from memfit.offline import Loss, call, scalar_loss
 from memfit.plans import Plan
-from memfit.predictions import Alternative, Peak, Prediction
+from memfit.predictions import Alternative, Prediction
 from memfit.profiles import StepProfile
 from memfit.sharding import class_name, unwrapped
 from memfit.simulation import tasks
 from memfit.simulation.chunks import NotChunkedError
 from memfit.simulation.chunks import chunked_loss as spared_logits
-from memfit.simulation.device import CUDA_WORKSPACE_BYTES, SLACK, limit_of, not_counted
+from memfit.simulation.device import limit_of
 from memfit.simulation.fakes import fake_batch, fake_tensors, twin, uncheckpointed
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
+from memfit.simulation.pricing import Pricing
 from memfit.simulation.rates import rates
 from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
 from memfit.simulation.target import CudaKernels
-from memfit.solver.peak import simulate as simulate_plan
 from memfit.solver.planner import solve, switched
-from memfit.solver.switches import todays
 from memfit.units import parse_budget
 
 
@@ -123,7 +121,7 @@ class Forecast:
         check_loss(loss)
         check_positive("accumulate", accumulate)
         check_positive("num_devices", num_devices)
-        self._accumulate, self._num_devices = accumulate, num_devices
+        self._accumulate = accumulate
         self._optimizer = None
         if optimizer is not None:
             self._optimizer = make_optimizer(optimizer, cuda=self._entry.backend == "cuda")
@@ -140,20 +138,27 @@ class Forecast:
                     "A configuration makes its own batch and loss: give `batch_size=`, `length=` and `task=`."
                 )
             prepare = _job_for(_configuration(model), task, batch_size, length, options)
-        self._process = host.resident_bytes() if self._entry.backend == "cpu" else 0
+        process = host.resident_bytes() if self._entry.backend == "cpu" else 0
         with fake_tensors():
             job = prepare()
-            self._own_checkpointing = uncheckpointed(job.model)
+            own_checkpointing = uncheckpointed(job.model)
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
-            self._title = job.title or self._name
-            self._tokens = job.tokens
-            self._num_parameters = sum(p.numel() for p in job.model.parameters())
-            self._num_trainable = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-            self._rehearsed = self._rehearse_with(job, chunked=chunked_loss)
-            self._spared: Rehearsed | None = None
+            self._pricing = Pricing(
+                rehearsed=self._rehearse_with(job, chunked=chunked_loss),
+                entry=self._entry,
+                title=job.title or self._name,
+                accumulate=accumulate,
+                num_devices=num_devices,
+                tokens=job.tokens,
+                process_bytes=process,
+                num_parameters=sum(p.numel() for p in job.model.parameters()),
+                num_trainable=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
+                notes=tuple(own_checkpointing),
+            )
+            self._spared: Pricing | None = None
             if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
                 with contextlib.suppress(ModelError):
-                    self._spared = self._rehearse_with(job, chunked=True)
+                    self._spared = replace(self._pricing, rehearsed=self._rehearse_with(job, chunked=True))
 
     def _rehearse_with(self, job: tasks.Job, *, chunked: bool) -> Rehearsed:
         """The step with its loss as it is, or in chunks.
@@ -203,13 +208,8 @@ class Forecast:
     def within(self, budget: int | float | str | None = None) -> Prediction:
         """The fastest plan whose highest peak fits; where none does, the one with the smallest peak."""
         limit = limit_of(budget, self._entry)
-        if not isinstance(limit, int):
-            return self.of(self.solve("min"))
-        try:
-            plan = self.solve(max(0, int((limit - self._base) / (1 + self._slack[1]))))
-        except InfeasibleBudgetError:
-            plan = self.solve("min")
-        return self.of(replace(plan, budget_bytes=limit), limit)
+        others = () if self._spared is None else (self._with_chunked_loss(self._spared, limit),)
+        return self._within(self._pricing, limit, others)
 
     def solve(self, budget: int | Literal["min"]) -> Plan:
         """The fastest plan whose tensors take at most ``budget`` bytes.
@@ -226,123 +226,38 @@ class Forecast:
         found = []
         for number in range(count):
             size = low + (high - low) * number // max(1, count - 1)
-            limit = self._base + int(size * (1 + self._slack[1])) + 1
+            limit = self._pricing.limit(size) + 1
             found.append(self.of(replace(self.solve(size), budget_bytes=limit), limit))
         return found
+
+    def of(self, plan: Plan, limit: int | None = None) -> Prediction:
+        """What a plan comes to; ``limit``: bytes that it should fit into."""
+        others = () if self._spared is None else (self._with_chunked_loss(self._spared, limit),)
+        return self._pricing.predict(plan, limit, others)
 
     @property
     def profile(self) -> StepProfile:
         """What the step costs, as the solver sees it."""
-        return self._rehearsed.profile
+        return self._pricing.profile
 
     @property
     def named(self) -> dict[str, Any]:
         """Whose plans these are."""
         return {"model": self._name, "fingerprint": self._fingerprint}
 
-    @property
-    def _slack(self) -> tuple[float, float]:
-        return SLACK[self._entry.backend]
+    def _within(self, pricing: Pricing, limit: int | str | None, others: tuple[Alternative, ...] = ()) -> Prediction:
+        if not isinstance(limit, int):
+            return pricing.predict(solve(pricing.profile, budget="min", **self.named), others=others)
+        try:
+            plan = solve(pricing.profile, budget=pricing.tensor_bytes(limit), **self.named)
+        except InfeasibleBudgetError:
+            plan = solve(pricing.profile, budget="min", **self.named)
+        return pricing.predict(replace(plan, budget_bytes=limit), limit, others)
 
-    @property
-    def _base(self) -> int:
-        return self._process + (CUDA_WORKSPACE_BYTES if self._entry.backend == "cuda" else 0)
-
-    def _seconds(self, plan: Plan) -> float:
-        blocks = self._rehearsed.step_seconds - self._rehearsed.optimizer_seconds + plan.recompute_seconds
-        return self._accumulate * blocks + self._rehearsed.optimizer_seconds
-
-    def _size(self, plan: Plan) -> int:
-        return self._base + int(plan.predicted_peak_bytes * (1 + self._slack[0]))
-
-    def of(self, plan: Plan, limit: int | None = None) -> Prediction:
-        """What a plan comes to; ``limit``: bytes that it should fit into."""
-        rehearsed = self._rehearsed
-        peak = self._peak(plan)
-        budget = limit if limit is not None else peak.high
-        again = self._recomputed_flops(plan)
-        seconds = self._seconds(plan)
-        tokens = None if self._tokens is None else self._num_devices * self._accumulate * self._tokens
-        return Prediction(
-            model=self._title,
-            device=self._entry.name,
-            budget_bytes=budget,
-            fits=peak.high <= budget,
-            peak=peak,
-            step_seconds=seconds,
-            tokens_per_second=None if tokens is None else tokens / seconds,
-            compute_factor=(rehearsed.forward_flops + rehearsed.backward_flops + again)
-            / max(rehearsed.forward_flops, 1.0),
-            forward_flops=rehearsed.forward_flops,
-            backward_flops=rehearsed.backward_flops,
-            recomputed_flops=again,
-            alternatives=(
-                *(
-                    Alternative(name=name, peak_bytes=self._size(each), step_seconds=self._seconds(each))
-                    for name, each in todays(self.profile, lambda each: self._size(each) <= budget)
-                ),
-                *self._with_chunked_loss(limit),
-            ),
-            plan=plan,
-            not_counted=(*not_counted(self._entry, rehearsed), *self._own_checkpointing),
-            num_parameters=self._num_parameters,
-            num_trainable=self._num_trainable,
-        )
-
-    def _recomputed_flops(self, plan: Plan) -> float:
-        """What a plan computes again: its recomputation, on a device whose seconds are FLOPs."""
-        profile = self.profile
-        programs = {
-            key: replace(
-                program,
-                nodes=tuple(replace(node, narrow_seconds=0.0) for node in program.nodes),
-                ops=tuple(
-                    replace(op, seconds=flops)
-                    for op, flops in zip(program.ops, self._rehearsed.op_flops[key], strict=True)
-                ),
-            )
-            for key, program in profile.programs.items()
-        }
-        return simulate_plan(replace(profile, programs=programs), plan).recompute_seconds
-
-    def _with_chunked_loss(self, limit: int | None) -> Iterable[Alternative]:
+    def _with_chunked_loss(self, spared: Pricing, limit: int | str | None) -> Alternative:
         """What the chunked loss would bring."""
-        if self._spared is None:
-            return
-        other = copy.copy(self)
-        other._rehearsed, other._spared = self._spared, None
-        found = other.within(limit if limit is not None else "min")
-        yield Alternative(name="memfit, chunked loss", peak_bytes=found.peak.expected, step_seconds=found.step_seconds)
-
-    def _peak(self, plan: Plan) -> Peak:
-        """The peak of a plan, and what it consists of."""
-        rehearsed, profile = self._rehearsed, self.profile
-        found = simulate_plan(profile, plan)
-        number = next(i for i, (_, size) in enumerate(found.events) if size == found.peak_bytes)
-        event = profile.events[number]
-        saved = sum(found.kept_bytes[call] for call in event.live_calls)
-        if event.kind == "backward" and event.call is not None:
-            saved += found.kept_bytes[event.call]
-        static = rehearsed.parameter_bytes + rehearsed.buffer_bytes
-        gradients = rehearsed.gradients[number]
-        workspace = self._base - self._process
-        expected = self._size(plan)
-        parts = {
-            "weights": static,
-            "gradients": gradients,
-            "optimizer_state": rehearsed.state_bytes,
-            "saved_tensors": saved,
-            "outside_blocks": event.outside_bytes - static - rehearsed.state_bytes - gradients,
-            "workspace": found.peak_bytes - event.outside_bytes - saved + workspace,
-            "process": self._process,
-        }
-        return Peak(
-            low=self._process + found.peak_bytes,
-            expected=expected,
-            high=self._base + int(found.peak_bytes * (1 + self._slack[1])),
-            event=found.event,
-            parts={**parts, "allocator_slack": expected - sum(parts.values())},
-        )
+        found = self._within(spared, limit)
+        return Alternative(name="memfit, chunked loss", peak_bytes=found.peak.expected, step_seconds=found.step_seconds)
 
 
 def _split(block: tuple[str, torch.nn.Module], names: Collection[str]) -> list[tuple[str, torch.nn.Module]]:

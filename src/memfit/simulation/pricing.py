@@ -1,0 +1,163 @@
+"""What a plan comes to on a device: a rehearsed step, priced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from memfit.hardware import Hardware
+from memfit.plans import Plan
+from memfit.predictions import Alternative, Peak, Prediction
+from memfit.profiles import StepProfile
+from memfit.simulation.device import CUDA_WORKSPACE_BYTES, SLACK, not_counted
+from memfit.simulation.results import Rehearsed
+from memfit.solver.peak import simulate
+from memfit.solver.switches import todays
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pricing:
+    """A rehearsed step on a device, for any plan.
+
+    Attributes:
+        rehearsed: The step.
+        entry: The device.
+        title: What the model is called in answers.
+        accumulate: Micro-batches of an optimizer step.
+        num_devices: That train, each with its own batch.
+        tokens: Of a micro-batch, where it has tokens.
+        process_bytes: That are no tensors, where the device is the process's own memory.
+        num_parameters, num_trainable: Of the model.
+        notes: What the numbers leave out, beside what the device does.
+    """
+
+    rehearsed: Rehearsed
+    entry: Hardware
+    title: str
+    accumulate: int
+    num_devices: int
+    tokens: int | None
+    process_bytes: int
+    num_parameters: int
+    num_trainable: int
+    notes: tuple[str, ...]
+
+    @property
+    def profile(self) -> StepProfile:
+        """What the step costs, as the solver sees it."""
+        return self.rehearsed.profile
+
+    @property
+    def base_bytes(self) -> int:
+        """On the device, beside tensors and the allocator's slack."""
+        return self.process_bytes + (CUDA_WORKSPACE_BYTES if self.entry.backend == "cuda" else 0)
+
+    def tensor_bytes(self, limit: int) -> int:
+        """What tensors may take for the highest peak to be within ``limit``."""
+        return max(0, int((limit - self.base_bytes) / (1 + self._slack[1])))
+
+    def limit(self, tensor_bytes: int) -> int:
+        """The highest peak of a plan whose tensors take ``tensor_bytes``."""
+        return self.base_bytes + int(tensor_bytes * (1 + self._slack[1]))
+
+    def expected(self, plan: Plan) -> int:
+        """Bytes of the expected peak."""
+        return self.base_bytes + int(plan.predicted_peak_bytes * (1 + self._slack[0]))
+
+    def seconds(self, plan: Plan) -> float:
+        """Of an optimizer step."""
+        blocks = self.rehearsed.step_seconds - self.rehearsed.optimizer_seconds + plan.recompute_seconds
+        return self.accumulate * blocks + self.rehearsed.optimizer_seconds
+
+    def predict(self, plan: Plan, limit: int | None = None, others: tuple[Alternative, ...] = ()) -> Prediction:
+        """What a plan comes to.
+
+        Args:
+            plan: Of this step.
+            limit: Bytes that it should fit into; its own highest peak by default.
+            others: Alternatives beside today's switches.
+        """
+        rehearsed = self.rehearsed
+        peak = self.peak(plan)
+        budget = limit if limit is not None else peak.high
+        again = self._recomputed_flops(plan)
+        seconds = self.seconds(plan)
+        tokens = None if self.tokens is None else self.num_devices * self.accumulate * self.tokens
+        switches = todays(self.profile, lambda each: self.expected(each) <= budget)
+        return Prediction(
+            model=self.title,
+            device=self.entry.name,
+            budget_bytes=budget,
+            fits=peak.high <= budget,
+            peak=peak,
+            step_seconds=seconds,
+            tokens_per_second=None if tokens is None else tokens / seconds,
+            compute_factor=(rehearsed.forward_flops + rehearsed.backward_flops + again)
+            / max(rehearsed.forward_flops, 1.0),
+            forward_flops=rehearsed.forward_flops,
+            backward_flops=rehearsed.backward_flops,
+            recomputed_flops=again,
+            alternatives=(
+                *(
+                    Alternative(name=name, peak_bytes=self.expected(each), step_seconds=self.seconds(each))
+                    for name, each in switches
+                ),
+                *others,
+            ),
+            plan=plan,
+            not_counted=(*not_counted(self.entry, rehearsed), *self.notes),
+            num_parameters=self.num_parameters,
+            num_trainable=self.num_trainable,
+        )
+
+    def peak(self, plan: Plan) -> Peak:
+        """The peak of a plan, and what it consists of."""
+        rehearsed, profile = self.rehearsed, self.profile
+        found = simulate(profile, plan)
+        number = next(i for i, (_, size) in enumerate(found.events) if size == found.peak_bytes)
+        event = profile.events[number]
+        saved = sum(found.kept_bytes[call] for call in event.live_calls)
+        if event.kind == "backward" and event.call is not None:
+            saved += found.kept_bytes[event.call]
+        static = rehearsed.parameter_bytes + rehearsed.buffer_bytes
+        gradients = rehearsed.gradients[number]
+        workspace = self.base_bytes - self.process_bytes
+        expected = self.expected(plan)
+        parts = {
+            "weights": static,
+            "gradients": gradients,
+            "optimizer_state": rehearsed.state_bytes,
+            "saved_tensors": saved,
+            "outside_blocks": event.outside_bytes - static - rehearsed.state_bytes - gradients,
+            "workspace": found.peak_bytes - event.outside_bytes - saved + workspace,
+            "process": self.process_bytes,
+        }
+        return Peak(
+            low=self.process_bytes + found.peak_bytes,
+            expected=expected,
+            high=self.limit(found.peak_bytes),
+            event=found.event,
+            parts={**parts, "allocator_slack": expected - sum(parts.values())},
+        )
+
+    @property
+    def _slack(self) -> tuple[float, float]:
+        return SLACK[self.entry.backend]
+
+    def _recomputed_flops(self, plan: Plan) -> float:
+        """What a plan computes again: its recomputation, on a device whose seconds are FLOPs."""
+        profile = self.profile
+        programs = {
+            key: replace(
+                program,
+                nodes=tuple(replace(node, narrow_seconds=0.0) for node in program.nodes),
+                ops=tuple(
+                    replace(op, seconds=flops)
+                    for op, flops in zip(program.ops, self.rehearsed.op_flops[key], strict=True)
+                ),
+            )
+            for key, program in profile.programs.items()
+        }
+        return simulate(replace(profile, programs=programs), plan).recompute_seconds
+
+
+__all__ = ["Pricing"]
