@@ -158,10 +158,12 @@ class Forecast:
             self._spared: Pricing | None = None
             if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
                 with contextlib.suppress(ModelError):
-                    self._spared = replace(self._pricing, rehearsed=self._rehearse_with(job, chunked=True))
+                    self._spared = replace(
+                        self._pricing, rehearsed=self._rehearse_with(job, chunked=True, like=self._pricing.rehearsed)
+                    )
 
-    def _rehearse_with(self, job: tasks.Job, *, chunked: bool) -> Rehearsed:
-        """The step with its loss as it is, or in chunks.
+    def _rehearse_with(self, job: tasks.Job, *, chunked: bool, like: Rehearsed | None = None) -> Rehearsed:
+        """The step with its loss as it is, or in chunks; ``like``: with the loss as it is.
 
         Raises:
             ModelError: Its loss is not one that can be computed in chunks.
@@ -170,14 +172,14 @@ class Forecast:
             return self._rehearse(job)
         with spared_logits(job.model, cuda=self._entry.backend == "cuda") as is_one:
             try:
-                found = self._rehearse(job) if is_one else None
+                found = self._rehearse(job, like) if is_one else None
             except NotChunkedError:
                 found = None
         if found is None:
             raise ModelError(f"The loss of {self._name} cannot be predicted in chunks: leave `chunked_loss` out.")
         return found
 
-    def _rehearse(self, job: tasks.Job) -> Rehearsed:
+    def _rehearse(self, job: tasks.Job, like: Rehearsed | None = None) -> Rehearsed:
         """The step with the kernels and at the rates of the device; blocks that cannot be replayed are split."""
         blocks = find_blocks(job.model)
         doubles = True
@@ -186,7 +188,9 @@ class Forecast:
             kernels = CudaKernels() if self._entry.backend == "cuda" else contextlib.nullcontext()
             try:
                 with Rehearsal(job.model, blocks, ledger, doubles=doubles) as rehearsal, ledger, kernels:
-                    found = rehearsal.run(job.batch, job.loss, self._optimizer, resident=self._accumulate > 1)
+                    found = rehearsal.run(
+                        job.batch, job.loss, self._optimizer, resident=self._accumulate > 1, like=like
+                    )
             except (MemfitError, NotChunkedError):
                 raise
             except Exception as error:

@@ -25,7 +25,7 @@ from memfit.simulation.call import Call, Parked
 from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.recording import FakeRecorder
-from memfit.simulation.results import Rehearsed, gradients_at_events, outlived, profiles, read, spans
+from memfit.simulation.results import Rehearsed, gradients_at_events, held_nodes, outlived, profiles, read, spans
 from memfit.training import TrainingState
 
 _RECORDED = 2
@@ -64,6 +64,7 @@ class Rehearsal:
         self._last = {kind: name for name, kind in self._kinds.items()}  # of each kind: it is always recorded
         self._trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in blocks}
         self._modules = dict(blocks)
+        self._during: dict[str, Hashable] = {}  # their kinds when they were last recorded, these hooks included
         self._own: dict[str, Any] = {}  # forwards that somebody has given a block
         self._hooks = []
         for name, module in blocks:
@@ -71,7 +72,6 @@ class Rehearsal:
             module.forward = partial(self._forward, name, module.forward)
             self._hooks.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._after, with_kwargs=True))
-        self._during = {name: kind_of(module) for name, module in blocks} if doubles else {}
 
     def __enter__(self) -> Rehearsal:
         return self
@@ -123,6 +123,8 @@ class Rehearsal:
                 call.template = self._equal(call)
             if call.template is not None:
                 return
+            if call.key is not None:
+                self._during[name] = kind_of(module)
             leaves = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(tensors)]
             for (owner, parameter), (kind, dictionary) in self._slots[name].items():
                 leaves.append((Leaf(kind, -1, owner, parameter), dictionary[parameter]))
@@ -247,6 +249,7 @@ class Rehearsal:
         optimizer: Callable[[Sequence[torch.Tensor]], Any] | None,
         *,
         resident: bool = False,
+        like: Rehearsed | None = None,
     ) -> Rehearsed:
         """Forward, backward and the optimizer's step.
 
@@ -255,6 +258,7 @@ class Rehearsal:
             loss: Calls the model.
             optimizer: Makes the optimizer of the parameters that train.
             resident: Whether gradients are there before the forward, as where they are accumulated.
+            like: A step of the same model, batch and optimizer with another loss: what both do alike is taken from it.
 
         Raises:
             ModelError: No block took part in the backward, or the model looks at values.
@@ -282,19 +286,22 @@ class Rehearsal:
         reading.loss_peak, reading.end_peak = self._loss_peak, ledger.peak
         reading.gradients_end, reading.end_bytes = states.gradient_bytes(), ledger.now
         backward_ended, backward_flops_ended = ledger.seconds, ledger.flops
-        made = optimizer(parameters) if optimizer is not None else None
+        made = optimizer(parameters) if optimizer is not None and like is None else None
         if made is not None:
             ledger.reset_peak()
             made.step()  # state is born at its beginning, and there when its temporaries are
             states.stepped(made)
-            reading.optimizer_peak = ledger.peak
-        optimizer_seconds = ledger.seconds - backward_ended
+        born = states.state_bytes() if like is None else like.state_bytes
+        optimizer_bytes = ledger.peak - reading.end_bytes if like is None else like.optimizer_bytes
+        optimizer_seconds = ledger.seconds - backward_ended if like is None else like.optimizer_seconds
+        if optimizer is not None:
+            reading.optimizer_peak = reading.end_bytes + optimizer_bytes
         took = spans(self._calls, self._templates, backward_ended, backward_flops_ended)
         step_seconds = backward_ended - seconds + optimizer_seconds + sum(extra for _, extra, _ in took.values())
         backward_flops += sum(extra for _, _, extra in took.values())
-        programs = profiles(self._calls, took)
+        held = held_nodes(self._calls)
+        programs = profiles(self._calls, took, held, like)
         reading.calls = [read(call, self._calls) for call in self._calls]
-        born = states.state_bytes()
         now = Now(
             gradients_start=reading.gradients_end if resident else 0,
             settled_bytes=start + born + (reading.gradients_end if resident else 0),
@@ -313,6 +320,8 @@ class Rehearsal:
             backward_flops=backward_flops,
             step_seconds=step_seconds,
             optimizer_seconds=optimizer_seconds,
+            optimizer_bytes=optimizer_bytes,
+            held=held,
             looked_at_values=ledger.looked_at_values,
             gradients=gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident),
         )

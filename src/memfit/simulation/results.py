@@ -25,6 +25,8 @@ class Rehearsed:
         forward_flops, backward_flops: Of one micro-batch, nothing recomputed.
         step_seconds: Of the step that recomputes nothing.
         optimizer_seconds: Of which the optimizer's step.
+        optimizer_bytes: What that had beside what was there before it, at its highest.
+        held: By program, nodes that something outside its blocks keeps alive.
         looked_at_values: Whether the model asked for values.
         gradients: At each event of the profile.
     """
@@ -38,6 +40,8 @@ class Rehearsed:
     backward_flops: float
     step_seconds: float
     optimizer_seconds: float
+    optimizer_bytes: int
+    held: dict[str, frozenset[int]]
     looked_at_values: bool
     gradients: tuple[int, ...]
 
@@ -96,17 +100,37 @@ def outlived(call: Call) -> set[int]:
     return {number for number in call.alive if nodes[number].storage not in taken}
 
 
-def profiles(calls: Sequence[Call], took: Mapping[int, tuple[float, float, float]]) -> dict[str, ProgramProfile]:
-    """Of every program: what its recorded calls have in common."""
-    found: dict[str, ProgramProfile] = {}
-    held: dict[str, set[int]] = {}
+def held_nodes(calls: Sequence[Call]) -> dict[str, frozenset[int]]:
+    """By program, what something else kept alive of each of its recorded calls."""
+    held: dict[str, frozenset[int]] = {}
     for call in calls:
         if call.program is not None and call.template is None and call.backward_start is not None:
-            alive = outlived(call)
+            alive = frozenset(outlived(call))
             held[call.program.key] = held.get(call.program.key, alive) & alive
+    return held
+
+
+def profiles(
+    calls: Sequence[Call],
+    took: Mapping[int, tuple[float, float, float]],
+    held: Mapping[str, frozenset[int]],
+    like: Rehearsed | None,
+) -> dict[str, ProgramProfile]:
+    """Of every program: what it costs.
+
+    Args:
+        calls: Of the step.
+        took: What `spans` gives.
+        held: What `held_nodes` gives.
+        like: A step of the same model on the same device.
+    """
+    found: dict[str, ProgramProfile] = {}
     for call in calls:
         program = call.program
         if program is None or program.key in found or program.key not in held:
+            continue
+        if like is not None and like.held.get(program.key) == held[program.key]:
+            found[program.key] = like.profile.programs[program.key]
             continue
         profile = profile_program(program, held=held[program.key])
         found[program.key] = replace(profile, backward_seconds=took[call.index][0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle, pairwise
 
 import numpy as np
@@ -46,6 +47,7 @@ class Option:
     working_bytes: int
 
 
+@lru_cache(maxsize=64)  # plans of one step for many budgets ask again
 def block_options(program: ProgramProfile, *, max_options: int = 24) -> tuple[Option, ...]:
     """The options of a program worth choosing between, from most kept bytes to fewest.
 
