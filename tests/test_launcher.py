@@ -209,9 +209,14 @@ def test_checkpointing_is_taken_over(launcher, recorder, bert, batch, x, name):
     assert recorder.models[1:] == [bert]
 
 
+def enable(model, *arguments, **options):
+    """Under the name that this transformers has for it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*arguments, **options)
+
+
 def test_enabling_before_lora_fits_the_whole(launcher, recorder, bert, batch):
     peft = pytest.importorskip("peft")
-    bert.activation_checkpointing_enable()
+    enable(bert)
     model = peft.get_peft_model(bert, peft.LoraConfig(target_modules=["query"]))
     model(**batch)
     assert recorder.models == [model]
@@ -287,9 +292,9 @@ def test_the_trainer_wins_over_the_first_forward(launcher, recorder, bert, batch
 
 
 def test_what_was_taken_over_is_noted(launcher, recorder, bert, batch):
-    bert.activation_checkpointing_enable()
+    enable(bert)
     bert(**batch)
-    bert.activation_checkpointing_enable()
+    enable(bert)
     note = "`BertForSequenceClassification` was told to checkpoint its activations: taken over by the plan."
     assert [catch.notes for catch in launcher.catches] == [[note]], "once, however often it was told"
 
@@ -299,7 +304,7 @@ def test_each_switch_is_explained_by_one_line(recorder, bert, batch):
     launcher.install()
     try:
         kwargs = {"use_reentrant": True}
-        bert.activation_checkpointing_enable(kwargs, every_n_layers=2, offload=True)
+        enable(bert, kwargs, every_n_layers=2, offload=True)
         bert(**batch)
     finally:
         launcher.remove()
@@ -318,7 +323,7 @@ def test_without_a_budget_the_switches_decide(recorder, bert, batch):
     launcher = Launcher(recorder, {})
     launcher.install()
     try:
-        bert.activation_checkpointing_enable(every_n_layers=2)
+        enable(bert, every_n_layers=2)
         bert(**batch)
     finally:
         launcher.remove()

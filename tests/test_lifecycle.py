@@ -475,6 +475,8 @@ def test_use_cache(name: str) -> None:
 def test_checkpointing_is_taken_over(when: str, switch: str) -> None:
     """The model's own checkpointing is not stacked on the plan; the report says so; `remove` gives it back."""
     case = build("llama")
+    if not hasattr(case.model, switch):
+        pytest.skip(f"this transformers has no {switch}")
     expected = build("llama")
     if when == "before":
         getattr(case.model, switch)()
@@ -493,7 +495,7 @@ def test_checkpointing_is_taken_over(when: str, switch: str) -> None:
     assert {block["mode"] for block in handle.summary()["blocks"]} == {"replay"}
     assert "checkpointing" in handle.report()
     handle.remove()
-    assert case.model.is_activation_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in case.model.modules())
 
 
 # Copies --------------------------------------------------------------------------------------------------------------

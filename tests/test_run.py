@@ -254,9 +254,12 @@ model = BertForSequenceClassification(
     BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
 )
 rows = [{"input_ids": torch.randint(0, 20, (8,)), "labels": torch.tensor(i % 2)} for i in range(12)]
+flag = "gradient_checkpointing"
+if hasattr(TrainingArguments, "activation_checkpointing"):
+    flag = "activation_checkpointing"
 arguments = TrainingArguments(
     "out", max_steps=3, per_device_train_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True,
-    save_strategy="no", logging_steps=1, activation_checkpointing="checkpointed" in sys.argv,
+    save_strategy="no", logging_steps=1, **{flag: "checkpointed" in sys.argv},
 )
 trainer = Trainer(model, arguments, train_dataset=rows)
 trainer.train()

@@ -92,7 +92,7 @@ def measured(name, kind, plan, **options):
             continue
         before = held(model, optimizer, batch)
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
             step()
         events = profile.profiler.kineto_results.events()
         found = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
@@ -176,7 +176,7 @@ def test_blocks_whose_insides_outlive_them(kind):
     for _ in range(3):
         before = sum(t.nbytes for t in [*model.parameters(), x])
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
             model(x).backward()
             for parameter in model.parameters():
                 parameter.grad = None

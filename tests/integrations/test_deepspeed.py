@@ -126,7 +126,9 @@ class Gathers:
 
 def allocated(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
     """What a forward returns, and the bytes that it has allocated and not freed."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         result = function()
     results = profile.profiler.kineto_results
     return result, sum(event.nbytes() for event in results.events() if event.name() == "[memory]")

@@ -147,7 +147,7 @@ class LivePeak:
 
     def start(self):
         activities = [torch.profiler.ProfilerActivity.CPU]
-        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
         self._profile.start()
 
     def stop(self):
