@@ -10,6 +10,7 @@ from memfit.predictions import Alternative, Peak, Prediction
 from memfit.profiles import StepProfile
 from memfit.simulation.device import CUDA_WORKSPACE_BYTES, SLACK, not_counted
 from memfit.simulation.results import Rehearsed
+from memfit.solver.hidden_states import IN_FLIGHT, offload_plan
 from memfit.solver.peak import simulate
 from memfit.solver.switches import todays
 
@@ -99,7 +100,7 @@ class Pricing:
             alternatives=(
                 *(
                     Alternative(name=name, peak_bytes=self.expected(each), step_seconds=self.seconds(each))
-                    for name, each in switches
+                    for name, each in (*switches, *self._offload())
                 ),
                 *others,
             ),
@@ -138,6 +139,18 @@ class Pricing:
             event=found.event,
             parts={**parts, "allocator_slack": expected - sum(parts.values())},
         )
+
+    def offload_plan(self, *, in_flight: int = IN_FLIGHT, overlaps: bool = True) -> Plan | None:
+        """Hidden-state offload at the rate of the device's link to the host; ``None`` where there is no such link."""
+        link = self.entry.host_link_bytes_per_second
+        if link is None:
+            return None
+        rate = link * self.entry.copy_efficiency
+        return offload_plan(self.profile, bytes_per_second=rate, in_flight=in_flight, overlaps=overlaps)
+
+    def _offload(self) -> tuple[tuple[str, Plan], ...]:
+        plan = self.offload_plan()
+        return () if plan is None else (("hidden-state offload", plan),)
 
     @property
     def _slack(self) -> tuple[float, float]:
