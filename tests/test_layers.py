@@ -27,6 +27,7 @@ LAYERS = {
     "known": DATA,
     "names": DATA,
     "roofline": DATA,
+    "stacks": DATA,
     "solver": PLANNING,
     "autopilot": SURFACE,
     "handle": SURFACE,

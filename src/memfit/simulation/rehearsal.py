@@ -314,6 +314,7 @@ class Rehearsal:
             step_seconds=step_seconds,
             optimizer_seconds=optimizer_seconds,
             looked_at_values=ledger.looked_at_values,
+            draws=any(op.random for c in self._calls if c.program is not None for op in c.program.ops),
             gradients=gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident),
         )
 

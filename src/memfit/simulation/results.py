@@ -26,6 +26,7 @@ class Rehearsed:
         step_seconds: Of the step that recomputes nothing.
         optimizer_seconds: Of which the optimizer's step.
         looked_at_values: Whether the model asked for values.
+        draws: Whether blocks draw random numbers.
         gradients: At each event of the profile.
     """
 
@@ -39,6 +40,7 @@ class Rehearsed:
     step_seconds: float
     optimizer_seconds: float
     looked_at_values: bool
+    draws: bool
     gradients: tuple[int, ...]
 
 
