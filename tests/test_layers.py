@@ -22,6 +22,7 @@ LAYERS = {
     "plans": DATA,
     "predictions": DATA,
     "files": DATA,
+    "formulas": DATA,
     "hardware": DATA,
     "host": DATA,
     "known": DATA,

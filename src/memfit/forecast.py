@@ -33,6 +33,7 @@ from memfit.simulation.rates import rates
 from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
 from memfit.simulation.settings import best_setting
+from memfit.simulation.sizes import sizes_of
 from memfit.simulation.target import CudaKernels
 from memfit.solver.planner import solve, switched
 from memfit.stacks import Situation, Stack
@@ -161,6 +162,7 @@ class Forecast:
                 num_parameters=sum(p.numel() for p in job.model.parameters()),
                 num_trainable=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
                 notes=tuple(own_checkpointing),
+                sizes=sizes_of(job, task),
             )
             self._situation = Situation(
                 task=task,

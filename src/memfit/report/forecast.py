@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memfit.predictions import Prediction
+from memfit.report.formulas import render_comparison
 from memfit.report.stacks import render_setting
 from memfit.report.text import columns
 from memfit.units import format_bytes, format_seconds
@@ -82,7 +83,8 @@ def _explained(prediction: Prediction) -> list[str]:
         ("recomputed", prediction.recomputed_flops),
         ("all", counted),
     ]
-    return [f"  {flops / 1e12:>9.2f}  TFLOPs {name}, of one micro-batch, counted op by op" for name, flops in rows]
+    lines = [f"  {flops / 1e12:>9.2f}  TFLOPs {name}, of one micro-batch, counted op by op" for name, flops in rows]
+    return lines if prediction.formula is None else [*lines, *render_comparison(prediction.formula)]
 
 
 def _table(rows: Sequence[tuple[str, int, float]], budget: int, *, fits: bool) -> list[str]:

@@ -57,6 +57,7 @@ class Rehearsal:
         self._stack: list[Call] = []
         self._slots = {name: parameter_slots(module) for name, module in blocks}
         self._num_backward = 0
+        self._outside_flops = 0.0  # until the first backward: the ledger's when the last forward had ended
         self._loss_peak = 0
         self._states: TrainingState | None = None
         self._templates: dict[Hashable, list[Template]] = {}
@@ -178,6 +179,7 @@ class Rehearsal:
             if made is not None and call.key is not None and kind_of(module) == self._during[call.name]:
                 self._templates.setdefault(call.key, []).append(made)
         call.tensors, call.parked = [], []
+        self._outside_flops = self._ledger.flops
         self._ledger.reset_peak()  # what peaked inside is the program's
 
     def _linked(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
@@ -225,6 +227,7 @@ class Rehearsal:
         ledger = self._ledger
         if not self._num_backward:
             self._loss_peak = ledger.peak
+            self._outside_flops = ledger.flops - self._outside_flops
             for each in self._calls:
                 each.alive = {n for n, weak in each.made.items() if not weak.expired()}  # type: ignore[no-untyped-call]
                 if each.input is not None:
@@ -311,6 +314,7 @@ class Rehearsal:
             state_bytes=born,
             forward_flops=forward_flops,
             backward_flops=backward_flops,
+            outside_flops=self._outside_flops,
             step_seconds=step_seconds,
             optimizer_seconds=optimizer_seconds,
             looked_at_values=ledger.looked_at_values,

@@ -23,6 +23,7 @@ class Rehearsed:
         parameter_bytes, state_bytes: Of the model, and of its optimizer once that has stepped.
         buffer_bytes: Of the model's buffers and of the batch.
         forward_flops, backward_flops: Of one micro-batch, nothing recomputed.
+        outside_flops: Of them, what lies behind the last block: the head and the loss, forward and backward.
         step_seconds: Of the step that recomputes nothing.
         optimizer_seconds: Of which the optimizer's step.
         looked_at_values: Whether the model asked for values.
@@ -37,6 +38,7 @@ class Rehearsed:
     state_bytes: int
     forward_flops: float
     backward_flops: float
+    outside_flops: float
     step_seconds: float
     optimizer_seconds: float
     looked_at_values: bool
