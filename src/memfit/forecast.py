@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from memfit import hardware, host
+from memfit import hardware, host, stacks
 from memfit.arguments import check_loss, check_positive
 from memfit.blocks import find_blocks, replayable_children
 from memfit.errors import InfeasibleBudgetError, MemfitError, ModelError, UsageError
@@ -32,8 +32,11 @@ from memfit.simulation.pricing import Pricing
 from memfit.simulation.rates import rates
 from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
+from memfit.simulation.settings import best_setting
+from memfit.simulation.sizes import sizes_of
 from memfit.simulation.target import CudaKernels
 from memfit.solver.planner import solve, switched
+from memfit.stacks import Situation, Stack
 from memfit.units import parse_budget
 
 
@@ -51,6 +54,7 @@ def simulate(
     length: int = 512,
     task: str | None = None,
     chunked_loss: bool = False,
+    stack: str | None = None,
     **options: Any,
 ) -> Prediction:
     """Predict one training step on a device, from the model's own code on fake tensors.
@@ -71,6 +75,7 @@ def simulate(
         task: One of `tasks.TASKS`; by default what the configuration's architecture is for.
         chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss owns the peak
             of full checkpointing.
+        stack: A training stack of `memfit.stacks`, such as ``trl``: the prediction says the best that it has by itself.
         options: As `tasks.build` takes them: ``precision``, ``attention``, ``lora``, ``freeze``...
 
     Raises:
@@ -79,6 +84,7 @@ def simulate(
         BudgetError: The budget cannot be read.
     """
     parse_budget(budget)
+    known = None if stack is None else stacks.find(stack)
     forecast = Forecast(
         model,
         batch,
@@ -93,7 +99,7 @@ def simulate(
         chunked_loss=chunked_loss,
         **options,
     )
-    return forecast.within(budget)
+    return forecast.within(budget, known)
 
 
 class Forecast:
@@ -137,7 +143,9 @@ class Forecast:
                 raise UsageError(
                     "A configuration makes its own batch and loss: give `batch_size=`, `length=` and `task=`."
                 )
-            prepare = _job_for(_configuration(model), task, batch_size, length, options)
+            config = _configuration(model)
+            task = task if task is not None else tasks.task_of(config)
+            prepare = _job_for(config, task, batch_size, length, options)
         process = host.resident_bytes() if self._entry.backend == "cpu" else 0
         with fake_tensors():
             job = prepare()
@@ -154,6 +162,13 @@ class Forecast:
                 num_parameters=sum(p.numel() for p in job.model.parameters()),
                 num_trainable=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
                 notes=tuple(own_checkpointing),
+                sizes=sizes_of(job, task),
+            )
+            self._situation = Situation(
+                task=task,
+                num_devices=num_devices,
+                lora=any("lora_" in name for name, _ in job.model.named_parameters()),
+                draws=self._pricing.rehearsed.draws,
             )
             self._spared: Pricing | None = None
             if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
@@ -209,11 +224,17 @@ class Forecast:
                 return found
             blocks = [part for block in blocks for part in _split(block, rehearsal.not_replayable)]
 
-    def within(self, budget: int | float | str | None = None) -> Prediction:
-        """The fastest plan whose highest peak fits; where none does, the one with the smallest peak."""
+    def within(self, budget: int | float | str | None = None, stack: Stack | None = None) -> Prediction:
+        """The fastest plan whose highest peak fits; where none does, the one with the smallest peak.
+
+        With a ``stack`` the prediction says what that has by itself for the same budget.
+        """
         limit = limit_of(budget, self._entry)
         others = () if self._spared is None else (self._with_chunked_loss(self._spared, limit),)
-        return self._within(self._pricing, limit, others)
+        found = self._within(self._pricing, limit, others)
+        if stack is None:
+            return found
+        return replace(found, stack=best_setting(stack, self._pricing, found, self._situation))
 
     def solve(self, budget: int | Literal["min"]) -> Plan:
         """The fastest plan whose tensors take at most ``budget`` bytes.
@@ -283,11 +304,8 @@ def _configuration(model: Any) -> Any:
     raise UsageError(f"`simulate` takes a module, a configuration or a name, not {type(model).__name__}.")
 
 
-def _job_for(
-    config: Any, task: str | None, batch_size: int, length: int, options: dict[str, Any]
-) -> Callable[[], tasks.Job]:
-    chosen = task if task is not None else tasks.task_of(config)
-    return lambda: tasks.build(config, task=chosen, batch_size=batch_size, length=length, **options)
+def _job_for(config: Any, task: str, batch_size: int, length: int, options: dict[str, Any]) -> Callable[[], tasks.Job]:
+    return lambda: tasks.build(config, task=task, batch_size=batch_size, length=length, **options)
 
 
 def _job_of(model: torch.nn.Module, batch: Any, loss: Loss | None) -> Callable[[], tasks.Job]:

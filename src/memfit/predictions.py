@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from memfit.formulas import Comparison
 from memfit.plans import Plan
+from memfit.stacks import StackSetting
 
 TASKS = ("causal-lm", "embedder", "reranker", "classification", "seq2seq", "image")
 """What a configuration can be trained for."""
@@ -77,6 +79,8 @@ class Prediction:
         plan: What to save and what to recompute.
         not_counted: What the numbers leave out, as sentences.
         num_parameters, num_trainable: Of the model.
+        formula: DeepSpeed-Chat's, beside the count; ``None`` where it says nothing about the model.
+        stack: The best setting that a training stack has by itself, where one was asked for.
     """
 
     model: str
@@ -95,6 +99,8 @@ class Prediction:
     not_counted: tuple[str, ...]
     num_parameters: int
     num_trainable: int
+    formula: Comparison | None = None
+    stack: StackSetting | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As `json.dumps` takes it: bytes and seconds."""

@@ -6,6 +6,7 @@ The seventh, whose model FlagEmbedding brings along, needs an older transformers
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import tiny
 from flagembedding_families import CHECKPOINTING, FAMILIES, STEPS, assert_trains_as_plain, layerwise_minicpm, train
+from memfit import stacks
 from runs import Runs, assert_planned, assert_same_training, report, tail
 
 LAYERWISE = "reranker-decoder-layerwise"
@@ -130,3 +132,35 @@ def test_the_layerwise_reranker_needs_an_older_transformers(runs, models):
     done = train(runs, FAMILIES[LAYERWISE], models, "plain")
     assert done.status == 1
     assert "KeyError: 'type'" in done.output
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("task", ["embedder", "reranker"])
+def test_the_lines_that_a_plan_prints_are_its_arguments(models, tmp_path, task):
+    """`memfit plan --for flagembedding`: read by the dataclasses of its entry points, and handed to the model."""
+    from FlagEmbedding.abc.finetune import embedder, reranker
+    from transformers import AutoModel, AutoTokenizer, HfArgumentParser
+
+    data, training = {
+        "embedder": (embedder.AbsEmbedderDataArguments, embedder.AbsEmbedderTrainingArguments),
+        "reranker": (reranker.AbsRerankerDataArguments, reranker.AbsRerankerTrainingArguments),
+    }[task]
+    parser = HfArgumentParser((data, training))
+    stack = stacks.find("flagembedding")
+    step = stacks.Situation(task=task, num_devices=2, lora=False, draws=True)
+    beside = [remark.text for remark in stack.beside if remark.holds(step)]
+    for setting in stack.settings:
+        words = [word for line in (*setting.paste(2), *beside) for word in shlex.split(line)]
+        needed = ["--train_data", str(models / "pairs.jsonl"), "--output_dir", str(tmp_path), "--use_cpu", "True"]
+        given, arguments = parser.parse_args_into_dataclasses([*needed, *words])
+        assert given.pad_to_multiple_of == 8
+        assert arguments.gradient_checkpointing is (setting.kind != "nothing")
+        assert task != "embedder" or arguments.negatives_cross_device
+        if setting.kind == "every_n" and task == "embedder":
+            from FlagEmbedding.finetune.embedder.encoder_only.base.modeling import BiEncoderOnlyEmbedderModel
+
+            inner = AutoModel.from_pretrained(models / "bert-wide")
+            wrapper = BiEncoderOnlyEmbedderModel(inner, tokenizer=AutoTokenizer.from_pretrained(models / "bert-wide"))
+            wrapper.gradient_checkpointing_enable(**arguments.gradient_checkpointing_kwargs)  # as the Trainer does
+            flags = [layer.gradient_checkpointing for layer in inner.encoder.layer]
+            assert flags == [True, False] * 3

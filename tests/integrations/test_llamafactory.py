@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from memfit import stacks
 from runs import Runs, assert_planned, assert_same_training, report, tail
 
 STEPS = 4
@@ -234,3 +235,16 @@ def test_the_example_runs_as_it_stands(runs):
     done = runs.memfit(options, "-m", "llamafactory.cli", "train", examples / "llamafactory.yaml")
     assert done.status == 0, tail(done.output)
     assert_planned(report(runs.folder / "report.json"), steps=5)
+
+
+def test_the_lines_that_a_plan_prints_are_its_arguments(tmp_path):
+    """`memfit plan --for llamafactory`: read as its command line reads YAML, beside arguments that train."""
+    hparams = pytest.importorskip("llamafactory.hparams")
+    yaml = pytest.importorskip("yaml")
+    needed = {"model_name_or_path": "x", "stage": "sft", "do_train": True, "output_dir": str(tmp_path), "use_cpu": True}
+    for setting in stacks.find("llamafactory").settings:
+        lines = yaml.safe_load("\n".join(setting.paste()))
+        model, *_ = hparams.get_train_args({**needed, "dataset": "docs", "template": "default", **lines})
+        assert model.disable_gradient_checkpointing is (setting.kind == "nothing")
+        assert model.use_unsloth_gc is (setting.kind == "offload")
+        assert model.use_reentrant_gc is (setting.kind != "full")

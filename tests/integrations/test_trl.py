@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
 
@@ -19,8 +21,10 @@ from trl import (
     RewardTrainer,
     SFTConfig,
     SFTTrainer,
+    TrlParser,
 )
 
+from memfit import stacks
 from memfit.integrations.transformers import MemfitCallback
 from training import (
     TEXT,
@@ -308,3 +312,17 @@ def test_an_unmodified_script(tmp_path, tokenizer):
     summary = assert_script_is_fitted(tmp_path, SCRIPT % (folder, TEXT, folder))
     assert any("was told to checkpoint its activations" in note for note in summary["notes"])
     assert any(note.startswith("`every_n_layers=2` was taken over") for note in summary["notes"])
+
+
+def test_the_lines_that_a_plan_prints_are_its_arguments(tmp_path):
+    """`memfit plan --for trl`: every line is read by the configuration of the trainers that it is for."""
+    for setting in stacks.find("trl").settings:
+        words = [word for line in setting.paste(3) for word in shlex.split(line)]
+        for config in (SFTConfig,) if setting.kind == "attention" else (SFTConfig, DPOConfig, RewardConfig):
+            parser = TrlParser((config,))
+            (arguments,) = parser.parse_args_and_config(["--output_dir", str(tmp_path), "--use_cpu", "True", *words])
+            assert arguments.gradient_checkpointing is (setting.kind != "nothing")
+            assert arguments.activation_offloading is (setting.kind == "offload")
+            kwargs = arguments.gradient_checkpointing_kwargs or {}
+            assert kwargs.get("every_n_layers") == (3 if setting.kind == "every_n" else None)
+            assert kwargs.get("selective") == (True if setting.kind == "attention" else None)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memfit import stacks
 from memfit.cli.forecasting import MODEL_HELP, add_step, check, device_options, forecaster, refuse_for_functions
 from memfit.cli.options import EXIT_INFEASIBLE, add_budget, rank, read_budget
 from memfit.errors import UsageError
@@ -33,6 +34,7 @@ shards the model, and rank 0 writes the plan.
 examples:
   memfit plan llama-3-8b --batch 4 --seq 2048 --lora 16 --gpu rtx4090
   memfit plan ./my-model --task embedder --batch 32 --seq 512 --gpu a100-40gb --budget 30GiB --json
+  memfit plan bge-m3 --batch 32 --seq 512 --gpus 8xa100-40gb --for flagembedding
   memfit plan train.py:build --budget 6GiB -o plan.json
   torchrun --nproc-per-node 2 -m memfit plan train.py:build --budget 6GiB -o plan.json
 """
@@ -46,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_budget(parser)
     add_step(parser)
     parser.add_argument("--explain", action="store_true", help="of a model: how many FLOPs a step has, and why")
+    parser.add_argument(
+        "--for",
+        dest="stack",
+        metavar="STACK",
+        help=f"the best that a training stack has by itself, as lines to paste: {', '.join(stacks.STACKS)}",
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="write the plan for `memfit run --plan FILE`")
 
 
@@ -53,6 +61,8 @@ def execute(arguments: argparse.Namespace) -> int:
     """Build, plan, print."""
     options = read_budget(arguments)
     check(arguments)
+    if arguments.stack is not None:
+        stacks.find(arguments.stack)
     if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
         raise UsageError(f"There is no folder for `-o {arguments.output}`.")
     if arguments.target.endswith(".py"):
@@ -62,6 +72,8 @@ def execute(arguments: argparse.Namespace) -> int:
     if not _is_function(arguments.target):
         return _predict(arguments, forecaster(arguments, arguments.target)(arguments.batch, arguments.seq))
     refuse_for_functions(arguments)
+    if arguments.stack is not None and arguments.gpu is None:
+        raise UsageError("`--for` goes with a prediction: say for what device with `--gpu`.")
     built = _load(arguments.target)()
     if not isinstance(built, tuple) or len(built) not in (2, 3):
         raise UsageError(
@@ -99,7 +111,8 @@ def _refuse_switches(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace, forecast: Forecast) -> int:
-    prediction = forecast.within(arguments.budget)
+    stack = None if arguments.stack is None else stacks.find(arguments.stack)
+    prediction = forecast.within(arguments.budget, stack)
     if arguments.output is not None:
         prediction.plan.save(arguments.output)
         print(f"memfit: plan written to {arguments.output}", file=sys.stderr)

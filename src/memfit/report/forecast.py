@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memfit.predictions import Prediction
+from memfit.report.formulas import render_comparison
+from memfit.report.stacks import render_setting
 from memfit.report.text import columns
 from memfit.units import format_bytes, format_seconds
 
@@ -47,6 +49,8 @@ def render_prediction(prediction: Prediction, *, explain: bool = False) -> str:
     rows = [(each.name, each.peak_bytes, each.step_seconds) for each in prediction.alternatives]
     rows.append(("memfit", peak.expected, prediction.step_seconds))
     lines += ["", *_table(rows, prediction.budget_bytes, fits=prediction.fits)]
+    if prediction.stack is not None:
+        lines += ["", *render_setting(prediction.stack)]
     lines += ["", *(f"not counted: {sentence}" for sentence in prediction.not_counted)]
     return "\n".join(lines)
 
@@ -79,7 +83,8 @@ def _explained(prediction: Prediction) -> list[str]:
         ("recomputed", prediction.recomputed_flops),
         ("all", counted),
     ]
-    return [f"  {flops / 1e12:>9.2f}  TFLOPs {name}, of one micro-batch, counted op by op" for name, flops in rows]
+    lines = [f"  {flops / 1e12:>9.2f}  TFLOPs {name}, of one micro-batch, counted op by op" for name, flops in rows]
+    return lines if prediction.formula is None else [*lines, *render_comparison(prediction.formula)]
 
 
 def _table(rows: Sequence[tuple[str, int, float]], budget: int, *, fits: bool) -> list[str]:

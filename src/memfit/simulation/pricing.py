@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from memfit.formulas import Comparison, Counted, Sizes, compare
 from memfit.hardware import Hardware
 from memfit.plans import Plan
 from memfit.predictions import Alternative, Peak, Prediction
 from memfit.profiles import StepProfile
 from memfit.simulation.device import CUDA_WORKSPACE_BYTES, SLACK, not_counted
 from memfit.simulation.results import Rehearsed
+from memfit.solver.hidden_states import IN_FLIGHT, offload_plan
 from memfit.solver.peak import simulate
+from memfit.solver.planner import switched
 from memfit.solver.switches import todays
 
 
@@ -28,6 +31,7 @@ class Pricing:
         process_bytes: That are no tensors, where the device is the process's own memory.
         num_parameters, num_trainable: Of the model.
         notes: What the numbers leave out, beside what the device does.
+        sizes: Of a language model's step, for DeepSpeed-Chat's formula.
     """
 
     rehearsed: Rehearsed
@@ -40,6 +44,7 @@ class Pricing:
     num_parameters: int
     num_trainable: int
     notes: tuple[str, ...]
+    sizes: Sizes | None = None
 
     @property
     def profile(self) -> StepProfile:
@@ -99,7 +104,7 @@ class Pricing:
             alternatives=(
                 *(
                     Alternative(name=name, peak_bytes=self.expected(each), step_seconds=self.seconds(each))
-                    for name, each in switches
+                    for name, each in (*switches, *self._offload())
                 ),
                 *others,
             ),
@@ -107,6 +112,7 @@ class Pricing:
             not_counted=(*not_counted(self.entry, rehearsed), *self.notes),
             num_parameters=self.num_parameters,
             num_trainable=self.num_trainable,
+            formula=self._comparison(),
         )
 
     def peak(self, plan: Plan) -> Peak:
@@ -138,6 +144,31 @@ class Pricing:
             event=found.event,
             parts={**parts, "allocator_slack": expected - sum(parts.values())},
         )
+
+    def offload_plan(self, *, in_flight: int = IN_FLIGHT, overlaps: bool = True) -> Plan | None:
+        """Hidden-state offload at the rate of the device's link to the host; ``None`` where there is no such link."""
+        link = self.entry.host_link_bytes_per_second
+        if link is None:
+            return None
+        rate = link * self.entry.copy_efficiency
+        return offload_plan(self.profile, bytes_per_second=rate, in_flight=in_flight, overlaps=overlaps)
+
+    def _offload(self) -> tuple[tuple[str, Plan], ...]:
+        plan = self.offload_plan()
+        return () if plan is None else (("hidden-state offload", plan),)
+
+    def _comparison(self) -> Comparison | None:
+        if self.sizes is None:
+            return None
+        rehearsed = self.rehearsed
+        counted = Counted(
+            forward=rehearsed.forward_flops,
+            backward=rehearsed.backward_flops,
+            recomputed=self._recomputed_flops(switched(self.profile, policy="full")),
+            head=rehearsed.outside_flops,
+            blocks=sum(sum(rehearsed.op_flops[call.program]) for call in self.profile.calls),
+        )
+        return compare(self.sizes, counted, num_devices=self.num_devices)
 
     @property
     def _slack(self) -> tuple[float, float]:

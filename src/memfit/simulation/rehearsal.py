@@ -57,6 +57,7 @@ class Rehearsal:
         self._stack: list[Call] = []
         self._slots = {name: parameter_slots(module) for name, module in blocks}
         self._num_backward = 0
+        self._outside_flops = 0.0  # until the first backward: the ledger's when the last forward had ended
         self._loss_peak = 0
         self._states: TrainingState | None = None
         self._templates: dict[Hashable, list[Template]] = {}
@@ -180,6 +181,7 @@ class Rehearsal:
             if made is not None and call.key is not None and kind_of(module) == self._during[call.name]:
                 self._templates.setdefault(call.key, []).append(made)
         call.tensors, call.parked = [], []
+        self._outside_flops = self._ledger.flops
         self._ledger.reset_peak()  # what peaked inside is the program's
 
     def _linked(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
@@ -227,6 +229,7 @@ class Rehearsal:
         ledger = self._ledger
         if not self._num_backward:
             self._loss_peak = ledger.peak
+            self._outside_flops = ledger.flops - self._outside_flops
             for each in self._calls:
                 each.alive = {n for n, weak in each.made.items() if not weak.expired()}  # type: ignore[no-untyped-call]
                 if each.input is not None:
@@ -318,11 +321,13 @@ class Rehearsal:
             state_bytes=born,
             forward_flops=forward_flops,
             backward_flops=backward_flops,
+            outside_flops=self._outside_flops,
             step_seconds=step_seconds,
             optimizer_seconds=optimizer_seconds,
             optimizer_bytes=optimizer_bytes,
             held=held,
             looked_at_values=ledger.looked_at_values,
+            draws=any(op.random for c in self._calls if c.program is not None for op in c.program.ops),
             gradients=gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident),
         )
 

@@ -23,11 +23,13 @@ class Rehearsed:
         parameter_bytes, state_bytes: Of the model, and of its optimizer once that has stepped.
         buffer_bytes: Of the model's buffers and of the batch.
         forward_flops, backward_flops: Of one micro-batch, nothing recomputed.
+        outside_flops: Of them, what lies behind the last block: the head and the loss, forward and backward.
         step_seconds: Of the step that recomputes nothing.
         optimizer_seconds: Of which the optimizer's step.
         optimizer_bytes: What that had beside what was there before it, at its highest.
         held: By program, nodes that something outside its blocks keeps alive.
         looked_at_values: Whether the model asked for values.
+        draws: Whether blocks draw random numbers.
         gradients: At each event of the profile.
     """
 
@@ -38,11 +40,13 @@ class Rehearsed:
     state_bytes: int
     forward_flops: float
     backward_flops: float
+    outside_flops: float
     step_seconds: float
     optimizer_seconds: float
     optimizer_bytes: int
     held: dict[str, frozenset[int]]
     looked_at_values: bool
+    draws: bool
     gradients: tuple[int, ...]
 
 

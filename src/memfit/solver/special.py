@@ -32,6 +32,15 @@ def selective_policy(program: ProgramProfile) -> Policy:
     return minimal_policy(program, kept)
 
 
+def attention_policy(program: ProgramProfile) -> Policy:
+    """Full activation checkpointing, and saved outputs of attention kernels: selective checkpointing as TRL has it."""
+    kept = _required(program)
+    for op in program.ops:
+        if "scaled_dot_product" in op.name or "flash_attn" in op.name:
+            kept.update(node for node in op.outputs if can_keep(program, node))
+    return minimal_policy(program, kept)
+
+
 def is_costly(name: str) -> bool:
     """Whether the op is a matrix product, a convolution or an attention kernel."""
     base = name.removeprefix("aten.").split(".")[0]

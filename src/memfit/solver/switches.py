@@ -24,9 +24,14 @@ def todays(profile: StepProfile, fits: Callable[[Plan], bool]) -> Iterator[tuple
         plan = switched(profile, every_n_layers=every)
         if best is not None and not fits(plan):
             break
-        best = f"every {_ordinal(every)} layer", plan
+        best = every_nth(every), plan
     if best is not None:
         yield best
+
+
+def every_nth(number: int) -> str:
+    """What people call it: ``every 2nd layer``."""
+    return f"every {_ordinal(number)} layer"
 
 
 def _ordinal(number: int) -> str:
