@@ -60,8 +60,8 @@ def cached_embeddings(encode: Callable[..., Any], *batches: Any, rows: int, redu
         The embeddings of all rows, in the structure that ``encode`` returns; of several batches a tuple of these.
 
     Raises:
-        UsageError: ``rows`` is below 1, a batch has no rows or unequal ones, or ``encode`` returns something else than
-            tensors with rows.
+        UsageError: ``rows`` is below 1, a batch has no rows or unequal ones, ``encode`` returns something else than
+            tensors with rows, or DDP has ``static_graph=True`` and ``reduce_once`` is set.
         ChangedEmbeddingError: In the backward, if a sub-batch is encoded to other bits than before.
         ChangedTensorError: In the backward, if a tensor of a batch has been written to.
         ModelError: In the backward, if that is `torch.autograd.grad` or has ``inputs=``.
@@ -157,6 +157,11 @@ class _Cache:
         self._buffers = self._modules.buffers()
         every = {key: module for modules in self._modules.called for key, module in modules.items()}
         self._reducers = {key: module for key, module in every.items() if reduces_gradients(module)}
+        if again and self._reduce_once and any(getattr(m, "static_graph", False) for m in self._reducers.values()):
+            raise UsageError(
+                "DDP with `static_graph=True` cannot leave out the reduction of some sub-batches: leave that out, or "
+                "give `reduce_once=False`."
+            )
         self._silent = {
             key
             for key, module in self._reducers.items()
