@@ -272,7 +272,7 @@ class Rehearsal:
         ledger.reset_peak()
         flops, seconds = ledger.flops, ledger.seconds
         value = loss()
-        forward_flops = ledger.flops - flops
+        forward_flops, forward_seconds = ledger.flops - flops, ledger.seconds - seconds
         value.backward()  # type: ignore[no-untyped-call]
         del value
         backward_flops = ledger.flops - flops - forward_flops
@@ -315,6 +315,7 @@ class Rehearsal:
             optimizer_seconds=optimizer_seconds,
             looked_at_values=ledger.looked_at_values,
             gradients=gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident),
+            forward_seconds=forward_seconds,
         )
 
 
