@@ -176,7 +176,7 @@ def test_nothing_is_offered_where_the_whole_batch_fits():
 @pytest.mark.parametrize("fixed", [0, 100])
 @pytest.mark.parametrize("over", [0.0, 0.2])
 def test_the_search_needs_few_rehearsals(fixed, over):
-    """In three, however bad the first guess: what trying every size gives, or half of that where rows share something."""
+    """In three, however bad the guess: what trying every size gives, or half of that where rows share something."""
     for limit, per_row, largest, guess in itertools.product(
         (90, 200, 700, 5000), (3, 17, 90), (2, 9, 64), (0.1, 7, 999)
     ):
