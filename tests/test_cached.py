@@ -150,7 +150,7 @@ def offered(prediction):
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_the_sub_batch_that_fits_is_offered(share):
-    """The largest power of two whose step saves everything within the budget; what it is said to take, it takes."""
+    """The fastest power of two, of all that fit; what it is said to take, it takes."""
     forecast = Forecast(config(), **EMBEDDER, precision="fp32", device="l4")
     low = Forecast(config(), **EMBEDDER, precision="fp32", device="l4", cache_rows=1).within("min").peak.high
     high = forecast.within("24GiB").peak.high
@@ -161,7 +161,7 @@ def test_the_sub_batch_that_fits_is_offered(share):
         rows: memfit.simulate(config(), **EMBEDDER, precision="fp32", device="l4", cache_rows=rows, budget=budget)
         for rows in (1, 2, 4, 8)
     }
-    rows = max(n for n, each in alone.items() if each.fits and not each.plan.recomputed_bytes)
+    rows = min((n for n, each in alone.items() if each.fits), key=lambda n: alone[n].step_seconds)
     assert row.name == f"memfit, gradient caching (sub-batches of {rows})"
     assert row.peak_bytes == alone[rows].peak.expected
     assert row.step_seconds == alone[rows].step_seconds

@@ -283,7 +283,7 @@ class Forecast:
             yield self._with_cached_gradients(self._sizes, limit)
 
     def _with_cached_gradients(self, sizes: cached.Sizes, limit: int | str | None) -> Alternative:
-        """What sub-batches would bring: the largest whose step saves everything, else the smallest that were tried."""
+        """What sub-batches would bring: the largest whose step saves everything, or twice that and recomputation."""
         fixed = max(event.outside_bytes for event in self.profile.events if event.name == "optimizer")
         room = self._pricing.tensor_bytes(limit) if isinstance(limit, int) else fixed
         plain = switched(self.profile, policy="plain").predicted_peak_bytes
@@ -293,11 +293,16 @@ class Forecast:
 
         guess = sizes.rows * (room - fixed) / max(1, plain - fixed)
         rows = cached.largest_that_fits(guess, sizes.largest, peak_of, fixed, room)
-        found = self._within(self._in_sub_batches(rows), limit)
+        chosen = [rows, 2 * rows] if 2 * rows < sizes.largest else [rows]
+        found = [(self._within(self._in_sub_batches(each), limit), each) for each in chosen]
+        if isinstance(limit, int):
+            best, rows = min(found, key=lambda each: (not each[0].fits, each[0].step_seconds))
+        else:
+            best, rows = min(found, key=lambda each: (each[0].peak.high, each[0].step_seconds))
         return Alternative(
             name=f"memfit, gradient caching (sub-batches of {rows})",
-            peak_bytes=found.peak.expected,
-            step_seconds=found.step_seconds,
+            peak_bytes=best.peak.expected,
+            step_seconds=best.step_seconds,
         )
 
     def _in_sub_batches(self, rows: int) -> Pricing:
