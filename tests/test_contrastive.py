@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import UserDict, namedtuple
 from functools import partial
+from pathlib import Path
 
 import numpy
 import pytest
@@ -459,6 +461,16 @@ def test_info_nce(dtype):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.equal(gather_rows(queries), queries), "without other ranks there is nothing to gather"
     assert torch.equal(info_nce(queries, passages, temperature=0.5, negatives_cross_device=True), loss)
+
+
+def test_the_page_runs_as_it_stands():
+    """Its first block, whole."""
+    page = (Path(__file__).parent.parent / "docs" / "contrastive.md").read_text(encoding="utf-8")
+    found = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], found)
+    assert found["loss"].isfinite()
+    assert found["q"].shape == (32, 64)
+    assert found["p"].shape == (256, 64)
 
 
 # A fitted model -------------------------------------------------------------------------------------------------------
