@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -88,6 +89,11 @@ def scored():
     )
 
 
+def cached_gist(model, **options):
+    """With a guide that is the model as it begins."""
+    return embeddings.CachedGISTEmbedLoss(model, guide=copy.deepcopy(model), **options)
+
+
 EMBEDDERS = {
     "in-batch negatives": (embeddings.MultipleNegativesRankingLoss, pairs, {}),
     "triplets": (embeddings.MultipleNegativesRankingLoss, triplets, {}),
@@ -103,6 +109,12 @@ EMBEDDERS = {
         pairs,
         {"mini_batch_size": 2, "gather_across_devices": True},
     ),
+    "cached, symmetric": (
+        embeddings.CachedMultipleNegativesSymmetricRankingLoss,
+        pairs,
+        {"mini_batch_size": 3},
+    ),
+    "cached, guided": (cached_gist, triplets, {"mini_batch_size": 2}),
     "gathered": (embeddings.MultipleNegativesRankingLoss, pairs, {"gather_across_devices": True}),
     "cosine": (embeddings.CosineSimilarityLoss, scored, {}),
 }
