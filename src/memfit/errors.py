@@ -115,6 +115,29 @@ class ChangedTensorError(MemfitError, RuntimeError):
     """A tensor that the backward needs is not what it was in the forward; as autograd's own error, a RuntimeError."""
 
 
+class ChangedEmbeddingError(MemfitError, RuntimeError):
+    """A sub-batch whose embeddings are cached was encoded to something else in the backward.
+
+    Attributes:
+        batch: Which batch, from 0.
+        start, end: Rows of the sub-batch.
+    """
+
+    def __init__(self, batch: int, start: int, end: int) -> None:
+        super().__init__(batch, start, end)
+        self.batch = batch
+        self.start = start
+        self.end = end
+
+    def __str__(self) -> str:
+        return (
+            f"Rows {self.start} to {self.end - 1} of batch {self.batch} were encoded to other embeddings in the "
+            "backward than in the forward: their gradient would be wrong. The encoder has to do the same twice: draw "
+            "random numbers from the default generators of torch, Python or NumPy; change weights, and buffers that "
+            "the encoder reads, after `backward()`; leave it uncompiled. Else encode without `cached_embeddings`."
+        )
+
+
 class RecomputeError(MemfitError):
     """A recomputed value is not the value of the forward pass.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from memfit.plans import Plan
 from memfit.predictions import Alternative, Prediction
 from memfit.profiles import StepProfile
 from memfit.sharding import class_name, unwrapped
-from memfit.simulation import tasks
+from memfit.simulation import cached, tasks
 from memfit.simulation.chunks import NotChunkedError
 from memfit.simulation.chunks import chunked_loss as spared_logits
 from memfit.simulation.device import limit_of
@@ -55,6 +55,7 @@ def simulate(
     task: str | None = None,
     chunked_loss: bool = False,
     stack: str | None = None,
+    cache_rows: int | None = None,
     **options: Any,
 ) -> Prediction:
     """Predict one training step on a device, from the model's own code on fake tensors.
@@ -76,6 +77,8 @@ def simulate(
         chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss owns the peak
             of full checkpointing.
         stack: A training stack of `memfit.stacks`, such as ``trl``: the prediction says the best that it has by itself.
+        cache_rows: Of an embedder: rows of the sub-batches whose gradients are cached, as by
+            `contrastive.cached_embeddings`. Without it the alternatives say what that would bring.
         options: As `tasks.build` takes them: ``precision``, ``attention``, ``lora``, ``freeze``...
 
     Raises:
@@ -97,6 +100,7 @@ def simulate(
         length=length,
         task=task,
         chunked_loss=chunked_loss,
+        cache_rows=cache_rows,
         **options,
     )
     return forecast.within(budget, known)
@@ -119,14 +123,17 @@ class Forecast:
         length: int = 512,
         task: str | None = None,
         chunked_loss: bool = False,
+        cache_rows: int | None = None,
         compares: bool = True,
         **options: Any,
     ) -> None:
-        """Rehearse; ``compares``: also with a chunked loss, where that may pay, for the alternatives."""
+        """Rehearse; ``compares``: also with a chunked loss or cached gradients, where they may pay."""
         self._entry = hardware.find(device) if isinstance(device, str) else device
         check_loss(loss)
         check_positive("accumulate", accumulate)
         check_positive("num_devices", num_devices)
+        if cache_rows is not None:
+            check_positive("cache_rows", cache_rows)
         self._accumulate = accumulate
         self._optimizer = None
         if optimizer is not None:
@@ -149,12 +156,18 @@ class Forecast:
         process = host.resident_bytes() if self._entry.backend == "cpu" else 0
         with fake_tensors():
             job = prepare()
+            self._prepare = prepare
+            self._sizes = cached.sizes_of(job)
+            self._cached: dict[int, Pricing] = {}
+            self._compares = compares and cache_rows is None
             own_checkpointing = uncheckpointed(job.model)
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
             self._pricing = Pricing(
-                rehearsed=self._rehearse_with(job, chunked=chunked_loss),
+                rehearsed=self._rehearse_with(job, chunked=chunked_loss)
+                if cache_rows is None
+                else self._rehearse_cached(job, cache_rows),
                 entry=self._entry,
-                title=job.title or self._name,
+                title=(job.title or self._name) + ("" if cache_rows is None else f" in sub-batches of {cache_rows}"),
                 accumulate=accumulate,
                 num_devices=num_devices,
                 tokens=job.tokens,
@@ -171,7 +184,7 @@ class Forecast:
                 draws=self._pricing.rehearsed.draws,
             )
             self._spared: Pricing | None = None
-            if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
+            if self._compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
                 with contextlib.suppress(ModelError):
                     self._spared = replace(
                         self._pricing, rehearsed=self._rehearse_with(job, chunked=True, like=self._pricing.rehearsed)
@@ -194,7 +207,14 @@ class Forecast:
             raise ModelError(f"The loss of {self._name} cannot be predicted in chunks: leave `chunked_loss` out.")
         return found
 
-    def _rehearse(self, job: tasks.Job, like: Rehearsed | None = None) -> Rehearsed:
+    def _rehearse_cached(self, job: tasks.Job, rows: int) -> Rehearsed:
+        """The step in sub-batches whose gradients are cached."""
+        ledger = Ledger(rates(self._entry))
+        return cached.rehearse(
+            job, rows, ledger, lambda each: self._rehearse(each, resident=True), accumulates=self._accumulate > 1
+        )
+
+    def _rehearse(self, job: tasks.Job, like: Rehearsed | None = None, *, resident: bool = False) -> Rehearsed:
         """The step with the kernels and at the rates of the device; blocks that cannot be replayed are split."""
         blocks = find_blocks(job.model)
         doubles = True
@@ -204,7 +224,11 @@ class Forecast:
             try:
                 with Rehearsal(job.model, blocks, ledger, doubles=doubles) as rehearsal, ledger, kernels:
                     found = rehearsal.run(
-                        job.batch, job.loss, self._optimizer, resident=self._accumulate > 1, like=like
+                        job.batch,
+                        job.loss,
+                        self._optimizer,
+                        resident=resident or self._accumulate > 1,
+                        like=like,
                     )
             except (MemfitError, NotChunkedError):
                 raise
@@ -230,8 +254,8 @@ class Forecast:
         With a ``stack`` the prediction says what that has by itself for the same budget.
         """
         limit = limit_of(budget, self._entry)
-        others = () if self._spared is None else (self._with_chunked_loss(self._spared, limit),)
-        found = self._within(self._pricing, limit, others)
+        found = self._within(self._pricing, limit)
+        found = replace(found, alternatives=(*found.alternatives, *self._others(limit, found.plan)))
         if stack is None:
             return found
         return replace(found, stack=best_setting(stack, self._pricing, found, self._situation))
@@ -257,8 +281,7 @@ class Forecast:
 
     def of(self, plan: Plan, limit: int | None = None) -> Prediction:
         """What a plan comes to; ``limit``: bytes that it should fit into."""
-        others = () if self._spared is None else (self._with_chunked_loss(self._spared, limit),)
-        return self._pricing.predict(plan, limit, others)
+        return self._pricing.predict(plan, limit, tuple(self._others(limit, plan)))
 
     @property
     def profile(self) -> StepProfile:
@@ -278,6 +301,44 @@ class Forecast:
         except InfeasibleBudgetError:
             plan = solve(pricing.profile, budget="min", **self.named)
         return pricing.predict(replace(plan, budget_bytes=limit), limit, others)
+
+    def _others(self, limit: int | str | None, plan: Plan) -> Iterator[Alternative]:
+        """What else would bring something, beside today's switches."""
+        if self._spared is not None:
+            yield self._with_chunked_loss(self._spared, limit)
+        if self._compares and self._sizes is not None and self._sizes.largest > 1 and plan.recomputed_bytes:
+            yield self._with_cached_gradients(self._sizes, limit)
+
+    def _with_cached_gradients(self, sizes: cached.Sizes, limit: int | str | None) -> Alternative:
+        """What sub-batches would bring: the largest whose step saves everything, or twice that and recomputation."""
+        fixed = max(event.outside_bytes for event in self.profile.events if event.name == "optimizer")
+        room = self._pricing.tensor_bytes(limit) if isinstance(limit, int) else fixed
+        plain = switched(self.profile, policy="plain").predicted_peak_bytes
+
+        def peak_of(rows: int) -> int:
+            return switched(self._in_sub_batches(rows).profile, policy="plain").predicted_peak_bytes
+
+        guess = sizes.rows * (room - fixed) / max(1, plain - fixed)
+        rows = cached.largest_that_fits(guess, sizes.largest, peak_of, fixed, room)
+        chosen = [rows, 2 * rows] if 2 * rows < sizes.largest else [rows]
+        found = [(self._within(self._in_sub_batches(each), limit), each) for each in chosen]
+        if isinstance(limit, int):
+            best, rows = min(found, key=lambda each: (not each[0].fits, each[0].step_seconds))
+        else:
+            best, rows = min(found, key=lambda each: (each[0].peak.high, each[0].step_seconds))
+        return Alternative(
+            name=f"memfit, gradient caching (sub-batches of {rows})",
+            peak_bytes=best.peak.expected,
+            step_seconds=best.step_seconds,
+        )
+
+    def _in_sub_batches(self, rows: int) -> Pricing:
+        if rows not in self._cached:
+            with fake_tensors():
+                job = self._prepare()
+                uncheckpointed(job.model)
+                self._cached[rows] = replace(self._pricing, rehearsed=self._rehearse_cached(job, rows))
+        return self._cached[rows]
 
     def _with_chunked_loss(self, spared: Pricing, limit: int | str | None) -> Alternative:
         """What the chunked loss would bring."""

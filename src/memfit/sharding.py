@@ -8,6 +8,7 @@ address. Nothing here communicates.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import weakref
@@ -113,6 +114,33 @@ def mesh_shape(model: torch.nn.Module) -> tuple[int, ...]:
 def _groups(module: torch.nn.Module) -> list[Any]:
     state: Any = module._get_fsdp_state()  # type: ignore[operator]
     return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [getattr(state, "_fsdp_param_group", None)]))
+
+
+@contextlib.contextmanager
+def unreduced(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Steps whose gradients stay on their rank: DDP's `no_sync`, FSDP2's `set_requires_gradient_sync(False)`.
+
+    Args:
+        modules: Of those that `reduces_gradients` says.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+                continue
+            for group in _groups(module):
+                for name in ("reduce_grads", "all_reduce_grads"):
+                    if hasattr(group, name):
+                        stack.callback(setattr, group, name, getattr(group, name))
+                        setattr(group, name, False)
+        yield
+
+
+def reduces_gradients(module: torch.nn.Module) -> bool:
+    """Whether it is DDP, or sharded by FSDP2."""
+    fsdp = _fsdp_class()
+    ddp = isinstance(module, torch.nn.parallel.DistributedDataParallel)
+    return ddp or (fsdp is not None and isinstance(module, fsdp))
 
 
 def _shards(model: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Parameter]]:

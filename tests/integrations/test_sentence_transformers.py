@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
 import torch
 
@@ -23,7 +26,10 @@ from sentence_transformers.cross_encoder import losses as rerankings
 from sentence_transformers.sentence_transformer import losses as embeddings
 from sentence_transformers.sparse_encoder import losses as sparse
 
+import memfit
+from memfit.forecast import Forecast
 from memfit.integrations.transformers import MemfitCallback
+from memfit.solver.planner import switched
 from runs import report, tail
 from training import (
     TEXT,
@@ -83,6 +89,11 @@ def scored():
     )
 
 
+def cached_gist(model, **options):
+    """With a guide that is the model as it begins."""
+    return embeddings.CachedGISTEmbedLoss(model, guide=copy.deepcopy(model), **options)
+
+
 EMBEDDERS = {
     "in-batch negatives": (embeddings.MultipleNegativesRankingLoss, pairs, {}),
     "triplets": (embeddings.MultipleNegativesRankingLoss, triplets, {}),
@@ -98,6 +109,12 @@ EMBEDDERS = {
         pairs,
         {"mini_batch_size": 2, "gather_across_devices": True},
     ),
+    "cached, symmetric": (
+        embeddings.CachedMultipleNegativesSymmetricRankingLoss,
+        pairs,
+        {"mini_batch_size": 3},
+    ),
+    "cached, guided": (cached_gist, triplets, {"mini_batch_size": 2}),
     "gathered": (embeddings.MultipleNegativesRankingLoss, pairs, {"gather_across_devices": True}),
     "cosine": (embeddings.CosineSimilarityLoss, scored, {}),
 }
@@ -258,6 +275,57 @@ def test_sparse_encoders(folders, tmp_path, loss):
     assert_the_same(plain, fitted, callback)
     first, second = (trainer.model.encode(TEXT).to_dense() for trainer in (plain, fitted))
     assert torch.equal(first, second)
+
+
+def padded(rows, length):
+    """Two columns of features; of every other row the end is padding."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(2):
+        mask = torch.ones(rows, length, dtype=torch.long)
+        mask[1::2, -5:] = 0
+        found.append({"input_ids": torch.randint(5, 200, (rows, length), generator=generator), "attention_mask": mask})
+    return found
+
+
+@pytest.mark.parametrize("policy", ["plain", "full"])
+def test_a_prediction_in_sub_batches_is_that_of_mini_batches(tmp_path, policy):
+    """`cache_rows` before the run, `mini_batch_size` in it: the peak, counted in live tensors."""
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
+    encoder = bert("BertModel", **sizes)
+    encoder.save_pretrained(tmp_path)
+    save_tokenizer(str(tmp_path))
+    step = {"task": "embedder", "batch_size": 16, "group": 1, "length": 96, "precision": "fp32", "cache_rows": 4}
+    forecast = Forecast(encoder.config, **step)
+    plan = switched(forecast.profile, policy=policy, **forecast.named)
+    model = SentenceTransformer(str(tmp_path), device="cpu").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    inner = next(module for module in model.modules() if type(module) is type(encoder))
+    handle = memfit.fit(inner, plan=plan, optimizer=optimizer) if policy != "plain" else None
+    loss, features = embeddings.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4), padded(16, 96)
+
+    def train():
+        loss([dict(column) for column in features], None).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(5):
+        train()  # states are born, programs are verified
+    tensors = [*model.parameters(), *model.buffers(), *(tensor for column in features for tensor in column.values())]
+    tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    peaks = []
+    for _ in range(2):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            train()
+        events = profile.profiler.kineto_results.events()
+        found = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        peaks.append(before + max(itertools.accumulate((size for _, size in found), initial=0)))
+    assert plan.predicted_peak_bytes == pytest.approx(min(peaks), rel=0.02)
+    if handle is not None:
+        assert handle.summary()["recomputed_bytes"] == plan.recomputed_bytes > 0
+        handle.remove()
 
 
 def test_the_example_runs_as_it_stands(tmp_path):

@@ -41,6 +41,9 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     step.add_argument("--optimizer", metavar="NAME", help="`adamw` (default), `adamw_8bit`, `adafactor`, `sgd`")
     step.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
     step.add_argument("--group", type=int, default=8, metavar="N", help="passages for each query: embedder, reranker")
+    step.add_argument(
+        "--sub-batch", type=int, metavar="N", help="of an embedder: cache gradients (GradCache), N rows at a time"
+    )
     step.add_argument("--trust-remote-code", action="store_true", help="run the code that a configuration brings")
     add_chunked_loss(parser, auto=False)
     device = parser.add_argument_group("the device")
@@ -55,10 +58,10 @@ def check(arguments: argparse.Namespace) -> None:
         UsageError: A number or a device that cannot be.
         BudgetError: The budget cannot be read.
     """
-    for name in ("batch", "seq", "accumulate", "group", "lora"):
+    for name in ("batch", "seq", "accumulate", "group", "lora", "sub_batch"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UsageError(f"`--{name} {value}` is below 1.")
+            raise UsageError(f"`--{name.replace('_', '-')} {value}` is below 1.")
     if not 0 <= arguments.lora_dropout < 1:
         raise UsageError(f"`--lora-dropout {arguments.lora_dropout}` is no probability below 1.")
     if arguments.lora is None and (arguments.lora_targets or arguments.lora_dropout):
@@ -77,9 +80,11 @@ def refuse_for_functions(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: One of them is given.
     """
-    for name in ("lora", "freeze", "task", "attention"):
+    for name in ("lora", "freeze", "task", "attention", "sub_batch"):
         if getattr(arguments, name) is not None:
-            raise UsageError(f"`--{name}` is for models by name: build it into what `{arguments.target}` returns.")
+            raise UsageError(
+                f"`--{name.replace('_', '-')}` is for models by name: build it into what `{arguments.target}` returns."
+            )
 
 
 def _parts(words: str | None) -> list[str]:
@@ -101,6 +106,7 @@ def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = Tr
         "lora_dropout": arguments.lora_dropout,
         "freeze": _parts(arguments.freeze),
         "group": arguments.group,
+        "cache_rows": arguments.sub_batch,
         "compares": compares,
     }
     return lambda batch, length: Forecast(

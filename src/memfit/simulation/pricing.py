@@ -70,7 +70,8 @@ class Pricing:
 
     def seconds(self, plan: Plan) -> float:
         """Of an optimizer step."""
-        blocks = self.rehearsed.step_seconds - self.rehearsed.optimizer_seconds + plan.recompute_seconds
+        blocks = self.rehearsed.step_seconds - self.rehearsed.optimizer_seconds
+        blocks += self.rehearsed.times * plan.recompute_seconds
         return self.accumulate * blocks + self.rehearsed.optimizer_seconds
 
     def predict(self, plan: Plan, limit: int | None = None, others: tuple[Alternative, ...] = ()) -> Prediction:
@@ -175,7 +176,7 @@ class Pricing:
         return SLACK[self.entry.backend]
 
     def _recomputed_flops(self, plan: Plan) -> float:
-        """What a plan computes again: its recomputation, on a device whose seconds are FLOPs."""
+        """What is computed again, and a plan's recomputation as on a device whose seconds are FLOPs."""
         profile = self.profile
         programs = {
             key: replace(
@@ -188,7 +189,8 @@ class Pricing:
             )
             for key, program in profile.programs.items()
         }
-        return simulate(replace(profile, programs=programs), plan).recompute_seconds
+        again = simulate(replace(profile, programs=programs), plan).recompute_seconds
+        return self.rehearsed.times * again + self.rehearsed.again_flops
 
 
 __all__ = ["Pricing"]

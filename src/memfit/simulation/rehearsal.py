@@ -279,7 +279,7 @@ class Rehearsal:
         ledger.reset_peak()
         flops, seconds = ledger.flops, ledger.seconds
         value = loss()
-        forward_flops = ledger.flops - flops
+        forward_flops, forward_seconds = ledger.flops - flops, ledger.seconds - seconds
         value.backward()  # type: ignore[no-untyped-call]
         del value
         backward_flops = ledger.flops - flops - forward_flops
@@ -329,6 +329,7 @@ class Rehearsal:
             looked_at_values=ledger.looked_at_values,
             draws=any(op.random for c in self._calls if c.program is not None for op in c.program.ops),
             gradients=gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident),
+            forward_seconds=forward_seconds,
         )
 
 

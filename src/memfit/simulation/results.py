@@ -31,6 +31,9 @@ class Rehearsed:
         looked_at_values: Whether the model asked for values.
         draws: Whether blocks draw random numbers.
         gradients: At each event of the profile.
+        forward_seconds: Of the forwards of one micro-batch.
+        again_flops: Of forwards that are run again whatever the plan, where gradients are cached.
+        times: How often a micro-batch runs what the profile shows: once, or for each sub-batch.
     """
 
     profile: StepProfile
@@ -48,6 +51,9 @@ class Rehearsed:
     looked_at_values: bool
     draws: bool
     gradients: tuple[int, ...]
+    forward_seconds: float
+    again_flops: float = 0.0
+    times: float = 1.0
 
 
 def gradients_at_events(calls: Sequence[Call], profile: StepProfile, end: int, *, resident: bool) -> tuple[int, ...]:

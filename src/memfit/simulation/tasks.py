@@ -21,6 +21,21 @@ _FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "rober
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """A loss that reads nothing but embeddings, whose gradients can be cached.
+
+    Attributes:
+        batches: What is encoded, one after the other.
+        encode: One embedding for each row of a batch.
+        loss: Of the embeddings of all batches.
+    """
+
+    batches: tuple[dict[str, torch.Tensor], ...]
+    encode: Callable[[dict[str, torch.Tensor]], torch.Tensor]
+    loss: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A step to rehearse.
 
@@ -30,6 +45,7 @@ class Job:
         loss: Runs the forward.
         tokens: In the batch; ``None`` where it has none.
         title: What a report calls the model, if not by its class.
+        contrast: What the step consists of, if it is a contrastive one.
     """
 
     model: torch.nn.Module
@@ -37,6 +53,7 @@ class Job:
     loss: Callable[[], torch.Tensor]
     tokens: int | None
     title: str = ""
+    contrast: Contrast | None = None
 
 
 def task_of(config: Any) -> str:
@@ -249,9 +266,15 @@ def _embedder(
             hidden = model(**inputs).last_hidden_state[:, 0]
         return torch.nn.functional.normalize(hidden, dim=-1)
 
-    def loss() -> torch.Tensor:
-        query, passages = encode(batch["query"]), encode(batch["passages"])
-        scores = query @ passages.T / temperature
+    def loss_of(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+        scores = queries @ passages.T / temperature
         return torch.nn.functional.cross_entropy(scores.float(), torch.arange(batch_size) * group)
 
-    return Job(model=model, batch=batch, loss=loss, tokens=batch_size * (1 + group) * length, title=title)
+    return Job(
+        model=model,
+        batch=batch,
+        loss=lambda: loss_of(encode(batch["query"]), encode(batch["passages"])),
+        tokens=batch_size * (1 + group) * length,
+        title=title,
+        contrast=Contrast(batches=(batch["query"], batch["passages"]), encode=encode, loss=loss_of),
+    )
