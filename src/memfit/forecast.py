@@ -17,6 +17,7 @@ from memfit.errors import InfeasibleBudgetError, MemfitError, ModelError, UsageE
 from memfit.fingerprints import fingerprint
 from memfit.hardware import Hardware
 from memfit.offline import Loss, call, scalar_loss
+from memfit.parallelism import parallelism
 from memfit.plans import Plan
 from memfit.predictions import Alternative, Prediction
 from memfit.profiles import StepProfile
@@ -28,6 +29,7 @@ from memfit.simulation.device import limit_of
 from memfit.simulation.fakes import fake_batch, fake_tensors, twin, uncheckpointed
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
+from memfit.simulation.parallel import Team, make_team, notes_of, process_group
 from memfit.simulation.pricing import Pricing
 from memfit.simulation.rates import rates
 from memfit.simulation.rehearsal import Rehearsal
@@ -51,6 +53,10 @@ def simulate(
     length: int = 512,
     task: str | None = None,
     chunked_loss: bool = False,
+    ddp: bool = False,
+    fsdp: str | None = None,
+    zero: int | None = None,
+    tp: int | None = None,
     **options: Any,
 ) -> Prediction:
     """Predict one training step on a device, from the model's own code on fake tensors.
@@ -66,7 +72,9 @@ def simulate(
         loss: As for `plan`; of a module.
         optimizer: ``adamw``, ``adamw_fused``, ``adamw_8bit``, ``adafactor``, ``sgd``...; ``None``: no step.
         accumulate: Micro-batches of an optimizer step: with more than one, gradients are there from the start.
-        num_devices: That train the same model, each with its own batch; for ``tokens_per_second`` only.
+        num_devices: That train the same model, each with its own batch. What they share is said by one of
+        ddp, fsdp, zero, tp: As `parallelism` takes them; with none of them each holds the whole model, and nothing is
+            reduced.
         batch_size, length: Rows and tokens of each device's batch, for a configuration.
         task: One of `tasks.TASKS`; by default what the configuration's architecture is for.
         chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss owns the peak
@@ -91,6 +99,10 @@ def simulate(
         length=length,
         task=task,
         chunked_loss=chunked_loss,
+        ddp=ddp,
+        fsdp=fsdp,
+        zero=zero,
+        tp=tp,
         **options,
     )
     return forecast.within(budget)
@@ -113,6 +125,10 @@ class Forecast:
         length: int = 512,
         task: str | None = None,
         chunked_loss: bool = False,
+        ddp: bool = False,
+        fsdp: str | None = None,
+        zero: int | None = None,
+        tp: int | None = None,
         compares: bool = True,
         **options: Any,
     ) -> None:
@@ -121,6 +137,8 @@ class Forecast:
         check_loss(loss)
         check_positive("accumulate", accumulate)
         check_positive("num_devices", num_devices)
+        self._parallelism = parallelism(num_devices, ddp=ddp, fsdp=fsdp, zero=zero, tp=tp)
+        self._precision = str(options.get("precision", "fp32"))
         self._accumulate = accumulate
         self._optimizer = None
         if optimizer is not None:
@@ -139,24 +157,26 @@ class Forecast:
                 )
             prepare = _job_for(_configuration(model), task, batch_size, length, options)
         process = host.resident_bytes() if self._entry.backend == "cpu" else 0
-        with fake_tensors():
-            job = prepare()
+        self._sharded_models: set[int] = set()
+        with process_group(self._parallelism), fake_tensors():
+            self._prepare, job = prepare, prepare()
             own_checkpointing = uncheckpointed(job.model)
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
             self._pricing = Pricing(
                 rehearsed=self._rehearse_with(job, chunked=chunked_loss),
                 entry=self._entry,
-                title=job.title or self._name,
+                title=", ".join(filter(None, [job.title or self._name, self._parallelism.words])),
                 accumulate=accumulate,
                 num_devices=num_devices,
                 tokens=job.tokens,
                 process_bytes=process,
                 num_parameters=sum(p.numel() for p in job.model.parameters()),
                 num_trainable=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
-                notes=tuple(own_checkpointing),
+                notes=(*own_checkpointing, *notes_of(self._parallelism, self._entry)),
             )
             self._spared: Pricing | None = None
-            if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
+            apart = not make_team(self._parallelism, self._entry, self._precision).shards
+            if compares and apart and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
                 with contextlib.suppress(ModelError):
                     self._spared = replace(self._pricing, rehearsed=self._rehearse_with(job, chunked=True))
 
@@ -168,6 +188,11 @@ class Forecast:
         """
         if not chunked:
             return self._rehearse(job)
+        if make_team(self._parallelism, self._entry, self._precision).shards:
+            raise ModelError(
+                "The chunked loss reads the head's weight, which is sharded and gathered for the head alone: leave "
+                "`chunked_loss` out, or shard in another way (`ddp`, `zero` 1 or 2)."
+            )
         with spared_logits(job.model, cuda=self._entry.backend == "cuda") as is_one:
             try:
                 found = self._rehearse(job) if is_one else None
@@ -182,10 +207,19 @@ class Forecast:
         blocks = find_blocks(job.model)
         doubles = True
         while True:
-            ledger = Ledger(rates(self._entry))
+            team = make_team(self._parallelism, self._entry, self._precision)
+            if team.shards:
+                job = self._sharded(team, job)
+                blocks = [(name, job.model.get_submodule(name)) for name, _ in blocks]
+            ledger = Ledger(rates(self._entry), traffic=team.traffic)
             kernels = CudaKernels() if self._entry.backend == "cuda" else contextlib.nullcontext()
             try:
-                with Rehearsal(job.model, blocks, ledger, doubles=doubles) as rehearsal, ledger, kernels:
+                with (
+                    team.around(ledger),
+                    Rehearsal(job.model, blocks, ledger, doubles=doubles, team=team) as rehearsal,
+                    ledger,
+                    kernels,
+                ):
                     found = rehearsal.run(job.batch, job.loss, self._optimizer, resident=self._accumulate > 1)
             except (MemfitError, NotChunkedError):
                 raise
@@ -205,6 +239,15 @@ class Forecast:
                 return found
             blocks = [part for block in blocks for part in _split(block, rehearsal.not_replayable)]
 
+    def _sharded(self, team: Team, job: tasks.Job) -> tasks.Job:
+        """A model can be sharded once, and rehearsed once then."""
+        if id(job.model) in self._sharded_models:
+            job = self._prepare()
+            uncheckpointed(job.model)
+        team.shard(job.model, find_blocks(job.model))
+        self._sharded_models.add(id(job.model))
+        return job
+
     def within(self, budget: int | float | str | None = None) -> Prediction:
         """The fastest plan whose highest peak fits; where none does, the one with the smallest peak."""
         limit = limit_of(budget, self._entry)
@@ -217,7 +260,7 @@ class Forecast:
         Raises:
             InfeasibleBudgetError: There is none.
         """
-        return solve(self.profile, budget=budget, **self.named)
+        return self._placed(solve(self.profile, budget=budget, **self.named))
 
     def frontier(self, count: int = 9) -> list[Prediction]:
         """Predictions from the smallest peak to the plain one, each the fastest for its peak."""
@@ -245,14 +288,20 @@ class Forecast:
         """Whose plans these are."""
         return {"model": self._name, "fingerprint": self._fingerprint}
 
+    def _placed(self, plan: Plan) -> Plan:
+        """Of so many ranks, as a plan made by them is."""
+        if self._parallelism.kind == "replicas":
+            return plan
+        return replace(plan, world_size=self._parallelism.num_devices, mesh=self._parallelism.mesh)
+
     def _within(self, pricing: Pricing, limit: int | str | None, others: tuple[Alternative, ...] = ()) -> Prediction:
         if not isinstance(limit, int):
-            return pricing.predict(solve(pricing.profile, budget="min", **self.named), others=others)
+            return pricing.predict(self._placed(solve(pricing.profile, budget="min", **self.named)), others=others)
         try:
             plan = solve(pricing.profile, budget=pricing.tensor_bytes(limit), **self.named)
         except InfeasibleBudgetError:
             plan = solve(pricing.profile, budget="min", **self.named)
-        return pricing.predict(replace(plan, budget_bytes=limit), limit, others)
+        return pricing.predict(self._placed(replace(plan, budget_bytes=limit)), limit, others)
 
     def _with_chunked_loss(self, spared: Pricing, limit: int | str | None) -> Alternative:
         """What the chunked loss would bring."""
