@@ -61,8 +61,8 @@ def parallelism(
     Args:
         num_devices: That train.
         ddp: DistributedDataParallel.
-        fsdp: FSDP2: ``full``, ``grad`` (parameters stay gathered between forward and backward) or ``hybrid:N`` (``full``
-            among N devices, copies of which are kept alike).
+        fsdp: FSDP2: ``full``, ``grad`` (parameters stay gathered between forward and backward) or ``hybrid:N``
+            (``full`` among N devices, copies of which are kept alike).
         zero: DeepSpeed's ZeRO: stage 1, 2 or 3.
         tp: Tensor parallel degree.
 

@@ -117,7 +117,7 @@ def measured(cell: str) -> int:
 def measured_fitted(held: int, wrapped: Any, optimizer: Any, step: Callable[[], None]) -> int:
     """Memfit lets nobody else see its ops, so a profiler takes the place of the ledger.
 
-    Now and then gloo's own thread is the last one to let go of a tensor, and then no profiler sees it go: least of four.
+    Now and then gloo's own thread is the last to let go of a tensor, and then no profiler sees it go: least of four.
     """
     handle = memfit.fit(wrapped, policy="full", optimizer=optimizer)
     for _ in range(5):

@@ -131,7 +131,7 @@ def _buckets(model: torch.nn.Module, ledger: Ledger, traffic: Traffic | None) ->
             traffic.send(waiting, ledger.seconds, rounds=2)
             waiting, limit = 0, _BUCKET_BYTES
 
-    return [parameter.register_post_accumulate_grad_hook(ready) for parameter in parameters]
+    return [p.register_post_accumulate_grad_hook(ready) for p in parameters]  # type: ignore[no-untyped-call]
 
 
 class Sharded(Team):
@@ -160,15 +160,14 @@ class Sharded(Team):
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         policy = MixedPrecisionPolicy()
         if self._dtype is not None:  # as accelerate sets it
-            policy = MixedPrecisionPolicy(
-                param_dtype=self._dtype, reduce_dtype=self._dtype, output_dtype=self._dtype
-            )
+            policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=self._dtype, output_dtype=self._dtype)
         reshards = self._parallelism.reshards
         try:
-            for _, block in blocks:
-                fully_shard(block, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
-            if all(block is not model for _, block in blocks):
-                fully_shard(model, mesh=mesh, mp_policy=policy)
+            with _own_chunks():
+                for _, block in blocks:
+                    fully_shard(block, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
+                if all(block is not model for _, block in blocks):
+                    fully_shard(model, mesh=mesh, mp_policy=policy)
         except (ValueError, NotImplementedError, AssertionError) as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ModelError(f"FSDP2 does not shard {type(model).__name__}: {what[:200]}") from error
@@ -186,6 +185,29 @@ class Sharded(Team):
             shard.grad = None if parameter.grad is None else local(parameter.grad)
             shards.append(shard)
         return make(shards)
+
+
+@contextlib.contextmanager
+def _own_chunks() -> Iterator[None]:
+    """FSDP2 cuts a parameter into a tensor for every rank, of which it takes that of its own, here the first.
+
+    Making 1024 fake tensors for each parameter takes minutes. Where torch names this otherwise, all are made.
+    """
+    module: Any = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    original = getattr(module, "_chunk_with_empty", None)
+    if original is None:
+        yield
+        return
+
+    def first(tensor: torch.Tensor, num_chunks: int, dim: int) -> list[torch.Tensor]:
+        length = tensor.size(dim)
+        return [tensor.narrow(dim, 0, min(length, -(-length // num_chunks)))]
+
+    module._chunk_with_empty = first
+    try:
+        yield
+    finally:
+        module._chunk_with_empty = original
 
 
 def make_team(parallelism: Parallelism, entry: Hardware, precision: str) -> Team:
@@ -210,10 +232,8 @@ def notes_of(parallelism: Parallelism, entry: Hardware) -> tuple[str, ...]:
     if parallelism.kind == "replicas":
         if parallelism.num_devices == 1:
             return ()
-        return (
-            f"What {parallelism.num_devices} devices share: each holds the whole model here, and reduces nothing. Say "
-            "how they work together: `ddp`, `fsdp` or `zero`.",
-        )
+        what = f"What {parallelism.num_devices} devices share: each holds the whole model here, and reduces nothing."
+        return (f"{what} Say how they work together: `ddp`, `fsdp` or `zero`.",)
     links = entry.interconnect_bytes_per_second
     found = [
         "Networks between machines: all devices are taken to be linked as those of one machine are."

@@ -126,7 +126,7 @@ class Rehearsal:
                 call.forward_peak = self._ledger.peak
                 for tensor in tensors:
                     if tensor.requires_grad:
-                        tensor.register_hook(partial(self._leave_backward, call))
+                        tensor.register_hook(partial(self._leave_backward, call))  # type: ignore[no-untyped-call]
             if not self._team.shards:
                 call.input = self._linked(tensors)
             call.forward_start = self._ledger.now
@@ -307,7 +307,7 @@ class Rehearsal:
         forward_flops = ledger.flops - flops
         if self._together:
             queue = torch.autograd.Variable._execution_engine.queue_callback
-            value.register_hook(lambda _: queue(self._last_leaves))  # before those of the wrappers
+            value.register_hook(lambda _: queue(self._last_leaves))  # type: ignore[no-untyped-call]  # before theirs
         value.backward()  # type: ignore[no-untyped-call]
         del value
         backward_flops = ledger.flops - flops - forward_flops
