@@ -55,7 +55,7 @@ check: $(STAMP)-dev tcmalloc
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
-TESTS_distributed := tests/integrations/test_distributed_contrastive.py
+TESTS_distributed := $(addprefix tests/integrations/test_distributed_,contrastive.py predictions.py)
 TESTS_transformers := tests/integrations/test_transformers_peft.py
 
 integrations: $(INTEGRATIONS)

@@ -21,6 +21,7 @@ LAYERS = {
     "profiles": DATA,
     "plans": DATA,
     "predictions": DATA,
+    "parallelism": DATA,
     "files": DATA,
     "formulas": DATA,
     "hardware": DATA,

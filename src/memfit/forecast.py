@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,29 +12,24 @@ import torch
 
 from memfit import hardware, host, stacks
 from memfit.arguments import check_loss, check_positive
-from memfit.blocks import find_blocks, replayable_children
-from memfit.errors import InfeasibleBudgetError, MemfitError, ModelError, UsageError
+from memfit.errors import InfeasibleBudgetError, ModelError, UsageError
 from memfit.fingerprints import fingerprint
 from memfit.hardware import Hardware
 from memfit.offline import Loss, call, scalar_loss
+from memfit.parallelism import parallelism
 from memfit.plans import Plan
 from memfit.predictions import Alternative, Prediction
 from memfit.profiles import StepProfile
 from memfit.sharding import class_name, unwrapped
 from memfit.simulation import cached, tasks
-from memfit.simulation.chunks import NotChunkedError
-from memfit.simulation.chunks import chunked_loss as spared_logits
 from memfit.simulation.device import limit_of
-from memfit.simulation.fakes import fake_batch, fake_tensors, twin, uncheckpointed
-from memfit.simulation.ledger import Ledger
+from memfit.simulation.fakes import fake_batch, twin
 from memfit.simulation.optimizers import make_optimizer
+from memfit.simulation.parallel import notes_of
 from memfit.simulation.pricing import Pricing
-from memfit.simulation.rates import rates
-from memfit.simulation.rehearsal import Rehearsal
-from memfit.simulation.results import Rehearsed
 from memfit.simulation.settings import best_setting
 from memfit.simulation.sizes import sizes_of
-from memfit.simulation.target import CudaKernels
+from memfit.simulation.stage import Stage
 from memfit.solver.planner import solve, switched
 from memfit.stacks import Situation, Stack
 from memfit.units import parse_budget
@@ -56,6 +51,10 @@ def simulate(
     chunked_loss: bool = False,
     stack: str | None = None,
     cache_rows: int | None = None,
+    ddp: bool = False,
+    fsdp: str | None = None,
+    zero: int | None = None,
+    tp: int | None = None,
     **options: Any,
 ) -> Prediction:
     """Predict one training step on a device, from the model's own code on fake tensors.
@@ -71,7 +70,9 @@ def simulate(
         loss: As for `plan`; of a module.
         optimizer: ``adamw``, ``adamw_fused``, ``adamw_8bit``, ``adafactor``, ``sgd``...; ``None``: no step.
         accumulate: Micro-batches of an optimizer step: with more than one, gradients are there from the start.
-        num_devices: That train the same model, each with its own batch; for ``tokens_per_second`` only.
+        num_devices: That train the same model, each with its own batch. What they share is said by one of
+        ddp, fsdp, zero, tp: As `parallelism` takes them; with none of them each holds the whole model, and nothing is
+            reduced.
         batch_size, length: Rows and tokens of each device's batch, for a configuration.
         task: One of `tasks.TASKS`; by default what the configuration's architecture is for.
         chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss owns the peak
@@ -101,6 +102,10 @@ def simulate(
         task=task,
         chunked_loss=chunked_loss,
         cache_rows=cache_rows,
+        ddp=ddp,
+        fsdp=fsdp,
+        zero=zero,
+        tp=tp,
         **options,
     )
     return forecast.within(budget, known)
@@ -124,6 +129,10 @@ class Forecast:
         task: str | None = None,
         chunked_loss: bool = False,
         cache_rows: int | None = None,
+        ddp: bool = False,
+        fsdp: str | None = None,
+        zero: int | None = None,
+        tp: int | None = None,
         compares: bool = True,
         **options: Any,
     ) -> None:
@@ -134,10 +143,7 @@ class Forecast:
         check_positive("num_devices", num_devices)
         if cache_rows is not None:
             check_positive("cache_rows", cache_rows)
-        self._accumulate = accumulate
-        self._optimizer = None
-        if optimizer is not None:
-            self._optimizer = make_optimizer(optimizer, cuda=self._entry.backend == "cuda")
+        together = parallelism(num_devices, ddp=ddp, fsdp=fsdp, zero=zero, tp=tp)
         prepare: Callable[[], tasks.Job]
         if isinstance(model, torch.nn.Module):
             if options or task is not None:
@@ -154,99 +160,49 @@ class Forecast:
             task = task if task is not None else tasks.task_of(config)
             prepare = _job_for(config, task, batch_size, length, options)
         process = host.resident_bytes() if self._entry.backend == "cpu" else 0
-        with fake_tensors():
-            job = prepare()
-            self._prepare = prepare
-            self._sizes = cached.sizes_of(job)
-            self._cached: dict[int, Pricing] = {}
-            self._compares = compares and cache_rows is None
-            own_checkpointing = uncheckpointed(job.model)
+        self._parallelism = together
+        self._stage = stage = Stage(
+            self._entry,
+            prepare,
+            None if optimizer is None else make_optimizer(optimizer, cuda=self._entry.backend == "cuda"),
+            together,
+            precision=str(options.get("precision", "fp32")),
+            accumulates=accumulate > 1,
+        )
+        with stage.set():
+            job = stage.job()
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
+            if cache_rows is not None:
+                rehearsed = stage.in_sub_batches(job, cache_rows)
+            else:
+                rehearsed = stage.with_chunked_loss(job) if chunked_loss else stage.rehearse(job)
+            apart = f"in sub-batches of {cache_rows}" if cache_rows is not None else ""
             self._pricing = Pricing(
-                rehearsed=self._rehearse_with(job, chunked=chunked_loss)
-                if cache_rows is None
-                else self._rehearse_cached(job, cache_rows),
+                rehearsed=rehearsed,
                 entry=self._entry,
-                title=(job.title or self._name) + ("" if cache_rows is None else f" in sub-batches of {cache_rows}"),
+                title=", ".join(filter(None, [job.title or self._name, apart, together.words])),
                 accumulate=accumulate,
                 num_devices=num_devices,
                 tokens=job.tokens,
                 process_bytes=process,
                 num_parameters=sum(p.numel() for p in job.model.parameters()),
                 num_trainable=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
-                notes=tuple(own_checkpointing),
+                notes=(*stage.notes, *notes_of(together, self._entry)),
                 sizes=sizes_of(job, task),
             )
             self._situation = Situation(
                 task=task,
                 num_devices=num_devices,
                 lora=any("lora_" in name for name, _ in job.model.named_parameters()),
-                draws=self._pricing.rehearsed.draws,
+                draws=rehearsed.draws,
             )
+            compares = compares and cache_rows is None and not stage.shards
+            self._sizes = cached.sizes_of(job) if compares else None
+            self._cached: dict[int, Pricing] = {}
             self._spared: Pricing | None = None
-            if self._compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
+            if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
                 with contextlib.suppress(ModelError):
-                    self._spared = replace(
-                        self._pricing, rehearsed=self._rehearse_with(job, chunked=True, like=self._pricing.rehearsed)
-                    )
-
-    def _rehearse_with(self, job: tasks.Job, *, chunked: bool, like: Rehearsed | None = None) -> Rehearsed:
-        """The step with its loss as it is, or in chunks; ``like``: with the loss as it is.
-
-        Raises:
-            ModelError: Its loss is not one that can be computed in chunks.
-        """
-        if not chunked:
-            return self._rehearse(job)
-        with spared_logits(job.model, cuda=self._entry.backend == "cuda") as is_one:
-            try:
-                found = self._rehearse(job, like) if is_one else None
-            except NotChunkedError:
-                found = None
-        if found is None:
-            raise ModelError(f"The loss of {self._name} cannot be predicted in chunks: leave `chunked_loss` out.")
-        return found
-
-    def _rehearse_cached(self, job: tasks.Job, rows: int) -> Rehearsed:
-        """The step in sub-batches whose gradients are cached."""
-        ledger = Ledger(rates(self._entry))
-        return cached.rehearse(
-            job, rows, ledger, lambda each: self._rehearse(each, resident=True), accumulates=self._accumulate > 1
-        )
-
-    def _rehearse(self, job: tasks.Job, like: Rehearsed | None = None, *, resident: bool = False) -> Rehearsed:
-        """The step with the kernels and at the rates of the device; blocks that cannot be replayed are split."""
-        blocks = find_blocks(job.model)
-        doubles = True
-        while True:
-            ledger = Ledger(rates(self._entry))
-            kernels = CudaKernels() if self._entry.backend == "cuda" else contextlib.nullcontext()
-            try:
-                with Rehearsal(job.model, blocks, ledger, doubles=doubles) as rehearsal, ledger, kernels:
-                    found = rehearsal.run(
-                        job.batch,
-                        job.loss,
-                        self._optimizer,
-                        resident=resident or self._accumulate > 1,
-                        like=like,
-                    )
-            except (MemfitError, NotChunkedError):
-                raise
-            except Exception as error:
-                if doubles:  # a block that was passed over may have left out what others look for
-                    doubles = False
-                    continue
-                what = str(error).splitlines()[0] if str(error) else ""
-                raise ModelError(
-                    f"{self._name} does not run on tensors without contents: {type(error).__name__}: {what[:200]} "
-                    "Plan it on a real batch: `memfit plan FILE.py:FUNCTION`."
-                ) from error
-            if rehearsal.differs:
-                doubles = False
-                continue
-            if not rehearsal.not_replayable:
-                return found
-            blocks = [part for block in blocks for part in _split(block, rehearsal.not_replayable)]
+                    self._spared = replace(self._pricing, rehearsed=stage.with_chunked_loss(job, rehearsed))
 
     def within(self, budget: int | float | str | None = None, stack: Stack | None = None) -> Prediction:
         """The fastest plan whose highest peak fits; where none does, the one with the smallest peak.
@@ -266,7 +222,7 @@ class Forecast:
         Raises:
             InfeasibleBudgetError: There is none.
         """
-        return solve(self.profile, budget=budget, **self.named)
+        return self._placed(solve(self.profile, budget=budget, **self.named))
 
     def frontier(self, count: int = 9) -> list[Prediction]:
         """Predictions from the smallest peak to the plain one, each the fastest for its peak."""
@@ -293,20 +249,26 @@ class Forecast:
         """Whose plans these are."""
         return {"model": self._name, "fingerprint": self._fingerprint}
 
+    def _placed(self, plan: Plan) -> Plan:
+        """Of so many ranks, as a plan made by them is."""
+        if self._parallelism.kind == "replicas":
+            return plan
+        return replace(plan, world_size=self._parallelism.num_devices, mesh=self._parallelism.mesh)
+
     def _within(self, pricing: Pricing, limit: int | str | None, others: tuple[Alternative, ...] = ()) -> Prediction:
         if not isinstance(limit, int):
-            return pricing.predict(solve(pricing.profile, budget="min", **self.named), others=others)
+            return pricing.predict(self._placed(solve(pricing.profile, budget="min", **self.named)), others=others)
         try:
             plan = solve(pricing.profile, budget=pricing.tensor_bytes(limit), **self.named)
         except InfeasibleBudgetError:
             plan = solve(pricing.profile, budget="min", **self.named)
-        return pricing.predict(replace(plan, budget_bytes=limit), limit, others)
+        return pricing.predict(self._placed(replace(plan, budget_bytes=limit)), limit, others)
 
     def _others(self, limit: int | str | None, plan: Plan) -> Iterator[Alternative]:
         """What else would bring something, beside today's switches."""
         if self._spared is not None:
             yield self._with_chunked_loss(self._spared, limit)
-        if self._compares and self._sizes is not None and self._sizes.largest > 1 and plan.recomputed_bytes:
+        if self._sizes is not None and self._sizes.largest > 1 and plan.recomputed_bytes:
             yield self._with_cached_gradients(self._sizes, limit)
 
     def _with_cached_gradients(self, sizes: cached.Sizes, limit: int | str | None) -> Alternative:
@@ -334,24 +296,15 @@ class Forecast:
 
     def _in_sub_batches(self, rows: int) -> Pricing:
         if rows not in self._cached:
-            with fake_tensors():
-                job = self._prepare()
-                uncheckpointed(job.model)
-                self._cached[rows] = replace(self._pricing, rehearsed=self._rehearse_cached(job, rows))
+            with self._stage.set():
+                rehearsed = self._stage.in_sub_batches(self._stage.job(), rows)
+                self._cached[rows] = replace(self._pricing, rehearsed=rehearsed)
         return self._cached[rows]
 
     def _with_chunked_loss(self, spared: Pricing, limit: int | str | None) -> Alternative:
         """What the chunked loss would bring."""
         found = self._within(spared, limit)
         return Alternative(name="memfit, chunked loss", peak_bytes=found.peak.expected, step_seconds=found.step_seconds)
-
-
-def _split(block: tuple[str, torch.nn.Module], names: Collection[str]) -> list[tuple[str, torch.nn.Module]]:
-    """A block that cannot be replayed is planned for by its children, as a live step does (rule 13)."""
-    name, module = block
-    if name not in names:
-        return [block]
-    return [(f"{name}.{child}" if name else child, part) for child, part in replayable_children(module)]
 
 
 def _configuration(model: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from memfit.cli.options import CHUNKED_LOSS, add_chunked_loss
 from memfit.errors import UsageError
 from memfit.hardware import parse_gpus
+from memfit.parallelism import parallelism
 from memfit.predictions import PRECISIONS, TASKS
 from memfit.units import parse_budget
 
@@ -48,7 +49,20 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     add_chunked_loss(parser, auto=False)
     device = parser.add_argument_group("the device")
     device.add_argument("--gpu", "--gpus", metavar="NAME", help="such as `rtx4090`, `a100-40gb`, `8xh100`, `here`")
+    _add_together(device)
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
+
+
+def _add_together(group: argparse._ArgumentGroup) -> None:
+    """How several devices work together: one of these."""
+    group.add_argument("--ddp", action="store_true", help="DistributedDataParallel: whole models, reduced gradients")
+    group.add_argument("--fsdp", metavar="HOW", help="FSDP2: `full`, `grad`, or `hybrid:N` within groups of N devices")
+    group.add_argument("--zero", type=int, metavar="STAGE", help="DeepSpeed's ZeRO: 1, 2 or 3")
+    group.add_argument("--tp", type=int, metavar="N", help="tensor parallel degree; not predicted yet beyond 1")
+
+
+def _together(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("ddp", "fsdp", "zero", "tp")}
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -70,8 +84,8 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and not _parts(getattr(arguments, name)):
             raise UsageError(f"`--{name.replace('_', '-')}` names nothing.")
     parse_budget(getattr(arguments, "budget", None))
-    if arguments.gpu is not None:
-        parse_gpus(arguments.gpu)
+    count = parse_gpus(arguments.gpu)[0] if arguments.gpu is not None else 1
+    parallelism(count, **_together(arguments))
 
 
 def refuse_for_functions(arguments: argparse.Namespace) -> None:
@@ -120,6 +134,7 @@ def device_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": entry,
         "num_devices": count,
+        **_together(arguments),
         "optimizer": arguments.optimizer or "adamw",
         "accumulate": arguments.accumulate,
         "chunked_loss": CHUNKED_LOSS.get(arguments.chunked_loss, False),

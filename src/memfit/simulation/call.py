@@ -37,8 +37,10 @@ class Call:
         op_flops: Of each op of that.
         input: Which of its arguments is which output of the call before.
         forward_start: Bytes alive at its entry.
+        forward_peak: The most since the forward of the block before, where devices work together.
         forward_seconds, forward_flops: The ledger's, then.
         backward_start: Bytes alive when its backward began.
+        before_peak: The most since the backward of another block had ended, or since the last forward.
         backward_seconds, backward_flops: The ledger's, then.
         gradients: Bytes of gradients, then.
         key: What equal calls share.
@@ -59,8 +61,10 @@ class Call:
     op_flops: list[float] = field(default_factory=list)
     input: tuple[int, int] | None = None
     forward_start: int = 0
+    forward_peak: int = 0
     forward_seconds: float = 0.0
     backward_start: int | None = None
+    before_peak: int = 0
     backward_seconds: float = 0.0
     backward_order: int = -1
     gradients: int = 0

@@ -23,7 +23,15 @@ _NUMBERED = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"
 """Attributes by which equal layers differ: their place, which caches are asked with."""
 _TENSOR = object()
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_SKIPPED = (*_NUMBERED, "_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_SKIPPED = (
+    *(_NUMBERED + _HOOKS),
+    *("_parameters", "_buffers", "_modules"),
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+_SHARDED = "__composable_api_state_key_"
+"""Of attributes in which `fully_shard` keeps what it is told."""
 _MAX_DEPTH = 4
 _PLACE = re.compile(r"\.\d+\.")
 """In a name such as ``model.layers.7.self_attn``, which adapters remember."""
@@ -33,15 +41,37 @@ def kind_of(module: torch.nn.Module) -> Hashable:
     """What equal blocks have in common."""
     parts: list[Hashable] = []
     for name, child in module.named_modules():
-        plain = [(key, _of(value)) for key, value in vars(child).items() if key not in _SKIPPED]
+        plain = [
+            (key, _of(value))
+            for key, value in vars(child).items()
+            if key not in _SKIPPED and not key.startswith(_SHARDED)
+        ]
         own = [
             (key, tuple(t.shape), t.stride(), t.dtype, t.requires_grad)
             for table in (child._parameters, child._buffers)
             for key, t in table.items()
             if t is not None
         ]
-        parts.append((name, type(child), tuple(plain), tuple(own)))
+        parts.append((name, type(child), tuple(plain), _hooks(child), tuple(own)))
     return tuple(parts)
+
+
+def _hooks(module: torch.nn.Module) -> Hashable:
+    """What is called around a forward, in order; the numbers under which it is registered are every module's own."""
+    found: list[Hashable] = []
+    for table in _HOOKS:
+        hooks = getattr(module, table)
+        with_kwargs = getattr(module, f"{table}_with_kwargs")
+        always = getattr(module, f"{table}_always_called", {})
+        found.append(tuple((_hook(hook), key in with_kwargs, key in always) for key, hook in hooks.items()))
+    return tuple(found)
+
+
+def _hook(hook: Any) -> Hashable:
+    owner = getattr(hook, "__self__", None)
+    if type(owner).__module__.startswith("torch.distributed.fsdp."):
+        return type(owner), hook.__func__  # every sharded module has a state of its own, which is equal to others
+    return id(hook)
 
 
 def _of(value: object, depth: int = 0) -> Hashable:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from memfit.sharding import local
 from memfit.signature import tensors_in
+from memfit.simulation.traffic import Traffic
 
 OpSeconds = Callable[[str, float, float, torch.dtype], float]
 """Seconds of an op from its aten name, FLOPs, bytes read and written, and dtype."""
@@ -28,7 +31,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         looked_at_values: Whether Python asked for a value, which was answered with false, zero or 1.0.
     """
 
-    def __init__(self, op_seconds: OpSeconds) -> None:
+    def __init__(self, op_seconds: OpSeconds, *, traffic: Traffic | None = None) -> None:
+        """Begin; ``traffic`` takes down what devices send each other, which takes no seconds here."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
@@ -36,7 +40,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seconds = 0.0
         self.looked_at_values = False
         self._op_seconds = op_seconds
+        self._traffic = traffic
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._sizes: dict[int, int] = {}
 
     def see(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count the storages of tensors that were there before."""
@@ -44,7 +50,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._see(tensor)
 
     def _see(self, tensor: torch.Tensor) -> bool:
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         key = storage._cdata
         if key in self._alive:
             return False
@@ -52,12 +58,21 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def gone(_: object) -> None:
             del self._alive[key]
-            self.now -= size
+            self.now -= self._sizes.pop(key)
 
         self._alive[key] = weakref.ref(storage, gone)  # torch keeps the Python object as long as the storage lives
+        self._sizes[key] = size
         self.now += size
         self.peak = max(self.peak, self.now)
         return True
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage was given other memory: see `resizes_seen`."""
+        before = self._sizes.get(storage._cdata)
+        if before is not None:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes() - before
+            self.peak = max(self.peak, self.now)
 
     def reset_peak(self) -> None:
         """Begin a new peak."""
@@ -67,6 +82,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a DTensor: what it does with its local one is seen
         try:
             out = func(*args, **kwargs)
         except DataDependentOutputException:
@@ -75,6 +92,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._value_of(args[0])
         results = [out] if isinstance(out, torch.Tensor) else out if isinstance(out, (tuple, list)) else ()
         made = [self._see(result) for result in results if isinstance(result, torch.Tensor)]
+        if self._traffic is not None:
+            if func.namespace == "c10d":
+                self._traffic.sent(func._schema.name, args, self.seconds)
+                return out
+            if func._schema.name == "fsdp::split_with_sizes_copy":
+                self._traffic.wait(args[0].untyped_storage()._cdata, self.seconds)
         if any(made) or func._schema.is_mutable:
             self._count(func, args, kwargs, out)
         return out
@@ -105,3 +128,24 @@ def _as_many_heads(args: tuple[Any, ...]) -> tuple[Any, ...]:
         each[:, :1].expand(-1, heads, -1, -1) if i in tensors and each.shape[1] not in (1, heads) else each
         for i, each in enumerate(args)
     )
+
+
+@contextlib.contextmanager
+def resizes_seen(ledger: Ledger) -> Iterator[None]:
+    """FSDP2 frees and gathers parameters by resizing their storages, which no dispatch mode sees."""
+    kind = torch.UntypedStorage
+    original, own = kind.resize_, "resize_" in vars(kind)
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        result = original(storage, size)
+        ledger.resized(storage)
+        return result
+
+    setattr(kind, "resize_", resize_)  # noqa: B010
+    try:
+        yield
+    finally:
+        if own:
+            setattr(kind, "resize_", original)  # noqa: B010
+        else:
+            delattr(kind, "resize_")  # inherited

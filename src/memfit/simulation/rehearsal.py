@@ -23,7 +23,9 @@ from memfit.programs import Leaf
 from memfit.signature import parameter_slots, read_arguments, tensors_in
 from memfit.simulation.call import Call, Parked
 from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
+from memfit.simulation.exchanges import with_exchanges
 from memfit.simulation.ledger import Ledger
+from memfit.simulation.parallel import Team
 from memfit.simulation.recording import FakeRecorder
 from memfit.simulation.results import Rehearsed, gradients_at_events, held_nodes, outlived, profiles, read, spans
 from memfit.training import TrainingState
@@ -42,6 +44,7 @@ class Rehearsal:
         ledger: Ledger,
         *,
         doubles: bool = True,
+        team: Team | None = None,
     ) -> None:
         """Put them there.
 
@@ -50,9 +53,14 @@ class Rehearsal:
             blocks: From `find_blocks`.
             ledger: Sees what the step does.
             doubles: Whether blocks that are as others are passed over (see `doubles`).
+            team: What the model shares with other devices; what it was sharded by, it has been.
         """
         self._model = model
         self._ledger = ledger
+        self._blocks = blocks
+        self._team = team if team is not None else Team()
+        self._together = self._team.together
+        self._ending: Call | None = None  # whose backward has ended, while no other has begun
         self._calls: list[Call] = []
         self._stack: list[Call] = []
         self._slots = {name: parameter_slots(module) for name, module in blocks}
@@ -63,7 +71,6 @@ class Rehearsal:
         self._templates: dict[Hashable, list[Template]] = {}
         self._kinds = {name: kind_of(module) for name, module in blocks} if doubles else {}
         self._last = {kind: name for name, kind in self._kinds.items()}  # of each kind: it is always recorded
-        self._trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in blocks}
         self._modules = dict(blocks)
         self._during: dict[str, Hashable] = {}  # their kinds when they were last recorded, these hooks included
         self._own: dict[str, Any] = {}  # forwards that somebody has given a block
@@ -72,7 +79,9 @@ class Rehearsal:
             self._own[name] = vars(module).get("forward")
             module.forward = partial(self._forward, name, module.forward)
             self._hooks.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._after, with_kwargs=True))
+            # What shards a block takes its parameters away when its own forward hook runs.
+            first = self._team.shards
+            self._hooks.append(module.register_forward_hook(self._after, with_kwargs=True, prepend=first))
 
     def __enter__(self) -> Rehearsal:
         return self
@@ -114,7 +123,13 @@ class Rehearsal:
                 return
             tensors, rest, _ = read_arguments(args, kwargs, objects=False)
             call = Call(name, len(self._calls), tensors)
-            call.input = self._linked(tensors)
+            if self._together:
+                call.forward_peak = self._ledger.peak
+                for tensor in tensors:
+                    if tensor.requires_grad:
+                        tensor.register_hook(partial(self._leave_backward, call))  # type: ignore[no-untyped-call]
+            if not self._team.shards:
+                call.input = self._linked(tensors)
             call.forward_start = self._ledger.now
             call.forward_seconds, call.forward_flops = self._ledger.seconds, self._ledger.flops
             self._calls.append(call)
@@ -150,7 +165,8 @@ class Rehearsal:
         made = call.template
         self._ledger.seconds += made.seconds
         self._ledger.flops += made.flops
-        return stand_in(made, [*call.tensors, *self._trained[name]], partial(self._enter_backward, call))
+        trained = [p for p in self._modules[name].parameters() if p.requires_grad]  # gathered, where it is sharded
+        return stand_in(made, [*call.tensors, *trained], partial(self._enter_backward, call))
 
     def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._stack or module is not self._modules[self._stack[-1].name]:
@@ -227,6 +243,7 @@ class Rehearsal:
 
     def _enter_backward(self, call: Call) -> None:
         ledger = self._ledger
+        call.before_peak = ledger.peak
         if not self._num_backward:
             self._loss_peak = ledger.peak
             self._outside_flops = ledger.flops - self._outside_flops
@@ -241,7 +258,21 @@ class Rehearsal:
         assert self._states is not None
         call.gradients = self._states.gradient_bytes()
         self._num_backward += 1
+        if self._team.traffic is not None:
+            self._team.traffic.window = self._num_backward
+        self._ending = None
         ledger.reset_peak()
+
+    def _leave_backward(self, call: Call, gradient: torch.Tensor | None = None) -> None:
+        """What follows, until the next one begins, is outside the blocks: gradients are reduced, weights gathered."""
+        if self._ending is not call and call.backward_start is not None:
+            self._ending = call
+            self._ledger.reset_peak()
+
+    def _last_leaves(self) -> None:
+        last = max(self._calls, key=lambda call: call.backward_order, default=None)
+        if self._ending is None and last is not None:
+            self._leave_backward(last)
 
     # The step
 
@@ -274,12 +305,16 @@ class Rehearsal:
         parameter_bytes = ledger.now
         ledger.see([*model.buffers(), *tensors_in(batch)])
         self._states = states = TrainingState(model, None, torch.device("cpu"))
+        buffer_bytes = ledger.now - parameter_bytes
+        self._team.start(model, self._blocks, ledger)
         start = ledger.now
-        buffer_bytes = start - parameter_bytes
         ledger.reset_peak()
         flops, seconds = ledger.flops, ledger.seconds
         value = loss()
         forward_flops, forward_seconds = ledger.flops - flops, ledger.seconds - seconds
+        if self._together:
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            value.register_hook(lambda _: queue(self._last_leaves))  # type: ignore[no-untyped-call]  # before theirs
         value.backward()  # type: ignore[no-untyped-call]
         del value
         backward_flops = ledger.flops - flops - forward_flops
@@ -289,7 +324,7 @@ class Rehearsal:
         reading.loss_peak, reading.end_peak = self._loss_peak, ledger.peak
         reading.gradients_end, reading.end_bytes = states.gradient_bytes(), ledger.now
         backward_ended, backward_flops_ended = ledger.seconds, ledger.flops
-        made = optimizer(parameters) if optimizer is not None and like is None else None
+        made = self._team.optimizer(optimizer, parameters) if optimizer is not None and like is None else None
         if made is not None:
             ledger.reset_peak()
             made.step()  # state is born at its beginning, and there when its temporaries are
@@ -301,6 +336,9 @@ class Rehearsal:
             reading.optimizer_peak = reading.end_bytes + optimizer_bytes
         took = spans(self._calls, self._templates, backward_ended, backward_flops_ended)
         step_seconds = backward_ended - seconds + optimizer_seconds + sum(extra for _, extra, _ in took.values())
+        if self._team.traffic is not None:
+            late = [took[c.index][1] for c in sorted(self._calls, key=lambda c: c.backward_order) if c.index in took]
+            step_seconds += self._team.traffic.exposed_seconds(backward_ended, late)
         backward_flops += sum(extra for _, _, extra in took.values())
         held = held_nodes(self._calls)
         programs = profiles(self._calls, took, held, like)
@@ -313,6 +351,12 @@ class Rehearsal:
             gradients_end=reading.gradients_end,
         )
         profile, _ = step_profile(reading, programs, now, device=torch.device("cpu"), step_seconds=step_seconds)
+        gradients = gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident)
+        if self._together:
+            there = reading.gradients_end if resident else 0
+            profile, gradients = with_exchanges(
+                profile, gradients, self._calls, state=born, resident=there, end_peak=reading.end_peak
+            )
         return Rehearsed(
             profile=profile,
             op_flops={c.program.key: c.op_flops for c in self._calls if c.program is not None},
@@ -328,7 +372,7 @@ class Rehearsal:
             held=held,
             looked_at_values=ledger.looked_at_values,
             draws=any(op.random for c in self._calls if c.program is not None for op in c.program.ops),
-            gradients=gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident),
+            gradients=gradients,
             forward_seconds=forward_seconds,
         )
 

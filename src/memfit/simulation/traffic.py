@@ -1,0 +1,141 @@
+"""What devices send each other in a step, and how much of it the step waits for.
+
+One queue of transfers beside the computation, as a communication stream has it. A transfer of n devices around a ring
+moves (n-1)/n of the whole buffer over each link, an all-reduce twice that (Patarasuk and Yuan 2009, "Bandwidth optimal
+all-reduce algorithms for clusters of workstations"). Gathered parameters are waited for where they are copied out;
+what is reduced, at the end of the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from memfit.hardware import Hardware
+from memfit.signature import tensors_in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moment:
+    """A transfer that is handed in, or that is waited for.
+
+    Attributes:
+        clock: Seconds of the computation until then.
+        window: Block calls whose backward had begun.
+        seconds: That the transfer takes; ``None``: it is waited for.
+        key: Which transfer, where something waits for it before the end.
+        early: Whether it may begin when the last wait was over: it needs nothing that was computed since.
+    """
+
+    clock: float
+    window: int
+    seconds: float | None
+    key: int = 0
+    early: bool = False
+
+
+class Traffic:
+    """Takes down the collectives of a step.
+
+    Attributes:
+        window: Block calls whose backward has begun, so far.
+        sent_bytes: Over each link, so far.
+    """
+
+    def __init__(self, entry: Hardware, num_devices: int) -> None:
+        self.window = 0
+        self.sent_bytes = 0.0
+        self._num_devices = num_devices
+        rate = entry.interconnect_bytes_per_second
+        self._rate = None if rate is None else rate * entry.copy_efficiency
+        self._launch = entry.launch_seconds
+        self._moments: list[_Moment] = []
+
+    def sent(self, name: str, args: Sequence[Any], clock: float) -> None:
+        """A collective of torch's was called."""
+        tensors = tensors_in(args)
+        if not tensors or "barrier" in name:
+            return
+        largest = max(tensors, key=lambda t: t.numel() * t.element_size())
+        size = largest.numel() * largest.element_size()
+        gathers = "gather" in name
+        self.send(
+            size,
+            clock,
+            rounds=2 if "allreduce" in name or "all_reduce" in name else 1,
+            num_devices=_group_size(args) or self._num_devices,
+            key=largest.untyped_storage()._cdata if gathers else 0,
+            early=gathers,
+        )
+
+    def send(
+        self,
+        size: float,
+        clock: float,
+        *,
+        rounds: int = 1,
+        num_devices: int | None = None,
+        key: int = 0,
+        early: bool = False,
+    ) -> None:
+        """Hand a transfer in.
+
+        Args:
+            size: Of the whole buffer, in bytes.
+            clock: Seconds of the computation until now.
+            rounds: Around the ring: 2 for an all-reduce, else 1.
+            num_devices: In the ring.
+            key: For `wait`.
+            early: Whether it needs nothing that was computed since the last wait.
+        """
+        devices = num_devices or self._num_devices
+        moved = rounds * size * (devices - 1) / devices
+        if devices < 2:
+            return
+        self.sent_bytes += moved
+        seconds = 0.0 if self._rate is None else moved / self._rate + rounds * self._launch
+        self._moments.append(_Moment(clock=clock, window=self.window, seconds=seconds, key=key, early=early))
+
+    def wait(self, key: int, clock: float) -> None:
+        """The computation needs a transfer."""
+        self._moments.append(_Moment(clock=clock, window=self.window, seconds=None, key=key))
+
+    def exposed_seconds(self, ended: float, extra: Sequence[float]) -> float:
+        """How much longer the step takes than its computation.
+
+        Args:
+            ended: The computation's clock when the backward had ended.
+            extra: Seconds that the clock lacks in the backward of each block call, in the order of the backwards.
+        """
+        late = [0.0]
+        for each in extra:
+            late.append(late[-1] + each)
+        lag = free = ready = 0.0  # behind the clock; when the link, and the last wait, are over
+        done: dict[int, float] = {}
+        for moment in self._moments:
+            now = moment.clock + late[min(moment.window, len(extra))] + lag
+            if moment.seconds is not None:
+                free = max(free, min(ready, now) if moment.early else now) + moment.seconds
+                done[moment.key] = free
+            else:
+                wait = max(0.0, done.get(moment.key, 0.0) - now)
+                lag += wait
+                ready = now + wait
+        return lag + max(0.0, free - (ended + late[-1] + lag))
+
+
+def _group_size(args: Sequence[Any]) -> int | None:
+    for each in args:
+        if isinstance(each, torch.ScriptObject):
+            try:
+                return int(dist.ProcessGroup.unbox(each).size())
+            except (RuntimeError, TypeError, AttributeError):
+                continue  # another object, such as the operation
+    return None
+
+
+__all__ = ["Traffic"]
