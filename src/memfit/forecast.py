@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from memfit import hardware, host
+from memfit import hardware
 from memfit.arguments import check_loss, check_positive
 from memfit.blocks import find_blocks, replayable_children
 from memfit.errors import InfeasibleBudgetError, MemfitError, ModelError, UsageError
@@ -21,10 +21,11 @@ from memfit.plans import Plan
 from memfit.predictions import Alternative, Prediction
 from memfit.profiles import StepProfile
 from memfit.sharding import class_name, unwrapped
+from memfit.signature import tensors_in
 from memfit.simulation import tasks
 from memfit.simulation.chunks import NotChunkedError
 from memfit.simulation.chunks import chunked_loss as spared_logits
-from memfit.simulation.device import limit_of
+from memfit.simulation.device import limit_of, process_bytes
 from memfit.simulation.fakes import fake_batch, fake_tensors, twin, uncheckpointed
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
@@ -138,9 +139,10 @@ class Forecast:
                     "A configuration makes its own batch and loss: give `batch_size=`, `length=` and `task=`."
                 )
             prepare = _job_for(_configuration(model), task, batch_size, length, options)
-        process = host.resident_bytes() if self._entry.backend == "cpu" else 0
         with fake_tensors():
             job = prepare()
+            own_tensors = tensors_in((list(model.parameters()), batch)) if isinstance(model, torch.nn.Module) else ()
+            process = process_bytes(own_tensors) if self._entry.backend == "cpu" else 0
             own_checkpointing = uncheckpointed(job.model)
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
             self._pricing = Pricing(

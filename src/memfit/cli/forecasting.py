@@ -18,18 +18,26 @@ if TYPE_CHECKING:
 MODEL_HELP = "a known model (`llama-3-8b`), a folder or `config.json`, or a name on the Hub"
 
 
-def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
+def numbers(text: str) -> tuple[int, ...]:
+    """``1,4`` as numbers."""
+    return tuple(int(word) for word in text.split(","))
+
+
+def add_step(parser: argparse.ArgumentParser, *, batch: bool = True, several: bool = False) -> None:
     """What is trained, on what.
 
     Args:
         parser: Of the verb.
         batch: Whether batch and length have defaults; else they are ``None`` unless given.
+        several: Whether they may be several, as ``1,4``: then they are tuples.
     """
     step = parser.add_argument_group("the step")
+    kind, metavar = (numbers, "N,M") if several else (int, "N")
+    rows, length = ((1,), (512,)) if several else (1, 512)
     step.add_argument(
-        "--batch", type=int, metavar="N", default=1 if batch else None, help="rows of each device's batch"
+        "--batch", type=kind, metavar=metavar, default=rows if batch else None, help="rows of each device's batch"
     )
-    step.add_argument("--seq", type=int, metavar="N", default=512 if batch else None, help="tokens of a row")
+    step.add_argument("--seq", type=kind, metavar=metavar, default=length if batch else None, help="tokens of a row")
     step.add_argument("--task", choices=TASKS, help="by default what the configuration is for")
     step.add_argument("--dtype", choices=PRECISIONS, default="bf16", help="of the weights; `-mixed`: fp32, autocast")
     step.add_argument("--attention", metavar="NAME", help="transformers' attention: `sdpa` (default) or `eager`")
@@ -56,9 +64,10 @@ def check(arguments: argparse.Namespace) -> None:
         BudgetError: The budget cannot be read.
     """
     for name in ("batch", "seq", "accumulate", "group", "lora"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"`--{name} {value}` is below 1.")
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, tuple) else () if given is None else (given,):
+            if value < 1:
+                raise UsageError(f"`--{name} {value}` is below 1.")
     if not 0 <= arguments.lora_dropout < 1:
         raise UsageError(f"`--lora-dropout {arguments.lora_dropout}` is no probability below 1.")
     if arguments.lora is None and (arguments.lora_targets or arguments.lora_dropout):
@@ -92,7 +101,15 @@ def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = Tr
     from memfit.forecast import Forecast
 
     config = configurations.load(model, trust_remote_code=arguments.trust_remote_code)
-    options: dict[str, Any] = {
+    options = {**step_options(arguments), "compares": compares}
+    return lambda batch, length: Forecast(
+        config, **device_options(arguments), task=arguments.task, batch_size=batch, length=length, **options
+    )
+
+
+def step_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `tasks.build`, but for the task and the size of the batch."""
+    return {
         "precision": arguments.dtype,
         "attention": arguments.attention,
         "padded": arguments.padded,
@@ -101,11 +118,7 @@ def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = Tr
         "lora_dropout": arguments.lora_dropout,
         "freeze": _parts(arguments.freeze),
         "group": arguments.group,
-        "compares": compares,
     }
-    return lambda batch, length: Forecast(
-        config, **device_options(arguments), task=arguments.task, batch_size=batch, length=length, **options
-    )
 
 
 def device_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from memfit.hardware import Hardware
 from memfit.plans import Plan
 from memfit.predictions import Alternative, Peak, Prediction
 from memfit.profiles import StepProfile
-from memfit.simulation.device import CUDA_WORKSPACE_BYTES, SLACK, not_counted
+from memfit.simulation.device import CUDA_WORKSPACE_BYTES, PROCESS_SPREAD_BYTES, SLACK, not_counted
 from memfit.simulation.results import Rehearsed
 from memfit.solver.peak import simulate
 from memfit.solver.switches import todays
@@ -53,11 +53,11 @@ class Pricing:
 
     def tensor_bytes(self, limit: int) -> int:
         """What tensors may take for the highest peak to be within ``limit``."""
-        return max(0, int((limit - self.base_bytes) / (1 + self._slack[1])))
+        return max(0, int((limit - self._highest_base) / (1 + self._slack[1])))
 
     def limit(self, tensor_bytes: int) -> int:
         """The highest peak of a plan whose tensors take ``tensor_bytes``."""
-        return self.base_bytes + int(tensor_bytes * (1 + self._slack[1]))
+        return self._highest_base + int(tensor_bytes * (1 + self._slack[1]))
 
     def expected(self, plan: Plan) -> int:
         """Bytes of the expected peak."""
@@ -138,6 +138,10 @@ class Pricing:
             event=found.event,
             parts={**parts, "allocator_slack": expected - sum(parts.values())},
         )
+
+    @property
+    def _highest_base(self) -> int:
+        return self.base_bytes + (PROCESS_SPREAD_BYTES if self.entry.backend == "cpu" else 0)
 
     @property
     def _slack(self) -> tuple[float, float]:
