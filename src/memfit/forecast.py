@@ -30,6 +30,7 @@ from memfit.simulation.fakes import fake_batch, fake_tensors, twin, uncheckpoint
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
 from memfit.simulation.pricing import Pricing
+from memfit.simulation.quantized import num_parameters
 from memfit.simulation.rates import rates
 from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
@@ -72,7 +73,7 @@ def simulate(
         task: One of `tasks.TASKS`; by default what the configuration's architecture is for.
         chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss owns the peak
             of full checkpointing.
-        options: As `tasks.build` takes them: ``precision``, ``attention``, ``lora``, ``freeze``...
+        options: As `tasks.build` takes them: ``precision``, ``attention``, ``lora``, ``quantize``, ``freeze``...
 
     Raises:
         UsageError: An argument cannot mean anything.
@@ -153,9 +154,9 @@ class Forecast:
                 num_devices=num_devices,
                 tokens=job.tokens,
                 process_bytes=process,
-                num_parameters=sum(p.numel() for p in job.model.parameters()),
+                num_parameters=num_parameters(job.model),
                 num_trainable=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
-                notes=tuple(own_checkpointing),
+                notes=(*own_checkpointing, *job.notes),
             )
             self._spared: Pricing | None = None
             if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":

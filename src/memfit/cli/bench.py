@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Predict, run, compare; print a table."""
     check(arguments)
+    if arguments.quantize is not None:
+        raise UsageError("No step is measured with quantized weights: leave `--quantize` out, or use `memfit plan`.")
     if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
         raise UsageError(f"There is no folder for `-o {arguments.output}`.")
     from memfit import bench

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from memfit.cli.options import CHUNKED_LOSS, add_chunked_loss
 from memfit.errors import UsageError
 from memfit.hardware import parse_gpus
-from memfit.predictions import PRECISIONS, TASKS
+from memfit.predictions import PRECISIONS, QUANTIZED, TASKS
 from memfit.units import parse_budget
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True, several: bo
     step.add_argument("--lora", type=int, metavar="RANK", help="train LoRA adapters (PEFT) instead of the weights")
     step.add_argument("--lora-targets", metavar="A,B", help="modules with adapters; all linear layers by default")
     step.add_argument("--lora-dropout", type=float, default=0.0, metavar="P", help="dropout of the adapters")
+    step.add_argument(
+        "--quantize", choices=QUANTIZED, help="base weights under `--lora`, as bitsandbytes keeps them: NF4, LLM.int8"
+    )
     step.add_argument("--freeze", metavar="A,B", help="parts of parameter names that do not train")
     step.add_argument("--optimizer", metavar="NAME", help="`adamw` (default), `adamw_8bit`, `adafactor`, `sgd`")
     step.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
@@ -72,6 +75,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"`--lora-dropout {arguments.lora_dropout}` is no probability below 1.")
     if arguments.lora is None and (arguments.lora_targets or arguments.lora_dropout):
         raise UsageError("`--lora-targets` and `--lora-dropout` are of adapters: give their rank with `--lora`.")
+    if arguments.lora is None and arguments.quantize is not None:
+        raise UsageError(f"`--quantize {arguments.quantize}`: such weights do not train. Give adapters with `--lora`.")
     for name in ("freeze", "lora_targets"):
         if getattr(arguments, name) is not None and not _parts(getattr(arguments, name)):
             raise UsageError(f"`--{name.replace('_', '-')}` names nothing.")
@@ -86,7 +91,7 @@ def refuse_for_functions(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: One of them is given.
     """
-    for name in ("lora", "freeze", "task", "attention"):
+    for name in ("lora", "quantize", "freeze", "task", "attention"):
         if getattr(arguments, name) is not None:
             raise UsageError(f"`--{name}` is for models by name: build it into what `{arguments.target}` returns.")
 
@@ -117,6 +122,7 @@ def step_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "lora_targets": _parts(arguments.lora_targets) or None,
         "lora_dropout": arguments.lora_dropout,
         "freeze": _parts(arguments.freeze),
+        "quantize": arguments.quantize,
         "group": arguments.group,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memfit.arguments import check_positive
 from memfit.errors import ModelError, UsageError
 from memfit.predictions import PRECISIONS, TASKS
+from memfit.simulation import quantized
 from memfit.simulation.fakes import twin
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,6 +31,7 @@ class Job:
         loss: Runs the forward.
         tokens: In the batch; ``None`` where it has none.
         title: What a report calls the model, if not by its class.
+        notes: What a prediction of it leaves out.
     """
 
     model: torch.nn.Module
@@ -37,6 +39,7 @@ class Job:
     loss: Callable[[], torch.Tensor]
     tokens: int | None
     title: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def task_of(config: Any) -> str:
@@ -79,6 +82,7 @@ def build(
     padded: bool = False,
     group: int = 8,
     temperature: float = 0.02,
+    quantize: str | None = None,
     device: torch.device | None = None,
 ) -> Job:
     """A model of a configuration, and one batch of the task.
@@ -97,6 +101,7 @@ def build(
         padded: Whether rows are padded, so that attention has a mask.
         group: Passages for each query.
         temperature: Of the contrastive loss.
+        quantize: One of `QUANTIZED`: the base weights under the adapters.
         device: Where to build it with random weights and random tokens; by default all is fake.
 
     Raises:
@@ -120,6 +125,10 @@ def build(
     with apart, torch.device("meta" if device is None else device):
         model = _model(config, task, DTYPES.get(precision, torch.float32), attention)
         title = type(model).__name__
+        if quantize is not None:
+            _check_quantized(lora, device)
+            quantized.quantize(model, quantize)
+            title = f"{title} in {quantize.removesuffix('bit')} bits"
         if lora is not None:
             title = f"{title} with LoRA"
             model = _with_lora(model, lora, lora_targets, lora_dropout)
@@ -137,7 +146,8 @@ def build(
                 name: _tokens(config, rows, length, padded=True, real=device is not None)
                 for name, rows in (("query", batch_size), ("passages", batch_size * group))
             }
-        return _embedder(model, title, pairs, batch_size, group, temperature, autocast)
+        made = _embedder(model, title, pairs, batch_size, group, temperature, autocast)
+        return replace(made, notes=quantized.notes(quantize))
     rows = batch_size * group if task == "reranker" else batch_size
     with place:
         batch = _batch(
@@ -156,7 +166,14 @@ def build(
         return found
 
     tokens = None if task == "image" else rows * length
-    return Job(model=model, batch=batch, loss=loss, tokens=tokens, title=title)
+    return Job(model=model, batch=batch, loss=loss, tokens=tokens, title=title, notes=quantized.notes(quantize))
+
+
+def _check_quantized(lora: int | None, device: torch.device | None) -> None:
+    if lora is None:
+        raise UsageError("Quantized weights do not train: give `lora`, the rank of adapters that do.")
+    if device is not None:
+        raise UsageError("Quantized weights are predicted only: no real step runs with them. Leave `quantize` out.")
 
 
 def _model(config: Any, task: str, dtype: torch.dtype, attention: str | None) -> torch.nn.Module:
