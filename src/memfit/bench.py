@@ -21,6 +21,7 @@ from memfit.forecast import Forecast
 from memfit.hardware import Hardware
 from memfit.plans import Plan
 from memfit.simulation import tasks
+from memfit.simulation.device import CUDA_WORKSPACE_BYTES
 from memfit.simulation.fakes import fake_tensors
 from memfit.solver.planner import switched
 from memfit.trial import Trial, measure
@@ -96,6 +97,8 @@ def run(grid: Grid) -> Iterator[Cell]:
     if grid.layers is not None:
         config = configurations.with_layers(config, grid.layers)
     task = grid.task if grid.task is not None else tasks.task_of(config)
+    # cuBLAS takes its workspace from torch's allocator.
+    libraries = CUDA_WORKSPACE_BYTES if grid.entry.backend == "cuda" else 0
     for batch in grid.batches:
         for length in grid.lengths:
             for trains in grid.trains:
@@ -136,7 +139,7 @@ def run(grid: Grid) -> Iterator[Cell]:
                         trains=trains,
                         plan=name,
                         peak=prediction.peak,
-                        tensor_bytes=plan.predicted_peak_bytes,
+                        tensor_bytes=plan.predicted_peak_bytes + libraries,
                         step_seconds=prediction.step_seconds,
                     )
                     budget = prediction.peak.high

@@ -268,10 +268,11 @@ class Handle:
 
     # Reading
 
-    def _hold(self, budget: int) -> None:
-        """Let the plans in force hold a budget, in bytes, where the heap takes a limit."""
+    def _hold(self, budget: int) -> bool:
+        """Let the plans in force hold a budget, in bytes, where the heap takes a limit; whether there are any."""
         for _, fitted in self._planned:
             fitted.limits = Limits(budget)
+        return bool(self._planned)
 
     def optimizer_event(self, optimizer: torch.optim.Optimizer, *, before: bool) -> None:
         """Any torch optimizer is about to step, or has stepped."""

@@ -81,7 +81,7 @@ def measure(trial: Trial, plan: Plan | None = None) -> Measured:
         environment = dict(os.environ)
         library = host.find_allocator() if trial.device == "cpu" and host.may_preload() else None
         if library is not None:
-            environment["LD_PRELOAD"] = library
+            environment["LD_PRELOAD"] = " ".join(filter(None, (library, os.environ.get("LD_PRELOAD"))))
         done = subprocess.run(
             [sys.executable, "-m", "memfit.trial", folder],
             env=environment,
@@ -134,9 +134,7 @@ class _Stepper:
             return False
         host.release()
         limited.settle()
-        if self._handle is not None:
-            self._handle._hold(budget)
-        else:
+        if self._handle is None or not self._handle._hold(budget):
             limited.limit(budget - int(MARGIN_SHARE * budget))
         return True
 
@@ -202,6 +200,7 @@ def _on_cuda(stepper: _Stepper) -> Measured:
         torch.cuda.synchronize()
 
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what steps that record and verify have left
     for _ in range(_STEPS):
         torch.cuda.reset_peak_memory_stats()
         seconds.append(_seconds(step))
