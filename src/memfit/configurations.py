@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 _MAX_FILE_BYTES = 16 << 20
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 
 
 def load(name_or_path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -57,6 +58,30 @@ def load(name_or_path: str | os.PathLike[str], *, trust_remote_code: bool = Fals
     if os.path.isabs(place) or name.startswith(".") or name.endswith(".json") or name.count("/") > 1:
         raise UsageError(f"There is no file or folder `{name}` in `{os.getcwd()}`.")
     return _from_hub(name, trust_remote_code)
+
+
+def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    """The same model with ``count`` layers, of each side where it has two.
+
+    What the configuration lists layer by layer is cut, too.
+
+    Raises:
+        UsageError: It has fewer, or does not say how many it has.
+    """
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    names = [name for name in _LAYER_COUNTS if isinstance(getattr(text, name, None), int)]
+    before = {getattr(text, name) for name in names}
+    if not names:
+        raise UsageError(f"The configuration of this {text.model_type} does not say how many layers it has.")
+    if not 1 <= count <= min(before):
+        raise UsageError(f"`layers={count}`: this {text.model_type} has {min(before)}. Give 1 to {min(before)}.")
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) in before:
+            setattr(text, name, value[:count])
+    for name in names:
+        setattr(text, name, count)
+    return config
 
 
 def _require_transformers() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from memfit import hardware, host, stacks
+from memfit import hardware, stacks
 from memfit.arguments import check_loss, check_positive
 from memfit.errors import InfeasibleBudgetError, ModelError, UsageError
 from memfit.fingerprints import fingerprint
@@ -21,12 +21,14 @@ from memfit.plans import Plan
 from memfit.predictions import Alternative, Prediction
 from memfit.profiles import StepProfile
 from memfit.sharding import class_name, unwrapped
+from memfit.signature import tensors_in
 from memfit.simulation import cached, tasks
-from memfit.simulation.device import limit_of
+from memfit.simulation.device import limit_of, process_bytes
 from memfit.simulation.fakes import fake_batch, twin
 from memfit.simulation.optimizers import make_optimizer
 from memfit.simulation.parallel import notes_of
 from memfit.simulation.pricing import Pricing
+from memfit.simulation.quantized import num_parameters
 from memfit.simulation.settings import best_setting
 from memfit.simulation.sizes import sizes_of
 from memfit.simulation.stage import Stage
@@ -80,7 +82,7 @@ def simulate(
         stack: A training stack of `memfit.stacks`, such as ``trl``: the prediction says the best that it has by itself.
         cache_rows: Of an embedder: rows of the sub-batches whose gradients are cached, as by
             `contrastive.cached_embeddings`. Without it the alternatives say what that would bring.
-        options: As `tasks.build` takes them: ``precision``, ``attention``, ``lora``, ``freeze``...
+        options: As `tasks.build` takes them: ``precision``, ``attention``, ``lora``, ``quantize``, ``freeze``...
 
     Raises:
         UsageError: An argument cannot mean anything.
@@ -159,7 +161,6 @@ class Forecast:
             config = _configuration(model)
             task = task if task is not None else tasks.task_of(config)
             prepare = _job_for(config, task, batch_size, length, options)
-        process = host.resident_bytes() if self._entry.backend == "cpu" else 0
         self._parallelism = together
         self._stage = stage = Stage(
             self._entry,
@@ -171,23 +172,25 @@ class Forecast:
         )
         with stage.set():
             job = stage.job()
+            own_tensors = tensors_in((list(model.parameters()), batch)) if isinstance(model, torch.nn.Module) else ()
+            process = process_bytes(own_tensors) if self._entry.backend == "cpu" else 0
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
             if cache_rows is not None:
                 rehearsed = stage.in_sub_batches(job, cache_rows)
             else:
                 rehearsed = stage.with_chunked_loss(job) if chunked_loss else stage.rehearse(job)
-            apart = f"in sub-batches of {cache_rows}" if cache_rows is not None else ""
+            title = (job.title or self._name) + (f" in sub-batches of {cache_rows}" if cache_rows is not None else "")
             self._pricing = Pricing(
                 rehearsed=rehearsed,
                 entry=self._entry,
-                title=", ".join(filter(None, [job.title or self._name, apart, together.words])),
+                title=", ".join(filter(None, [title, together.words])),
                 accumulate=accumulate,
                 num_devices=num_devices,
                 tokens=job.tokens,
                 process_bytes=process,
-                num_parameters=sum(p.numel() for p in job.model.parameters()),
+                num_parameters=num_parameters(job.model),
                 num_trainable=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
-                notes=(*stage.notes, *notes_of(together, self._entry)),
+                notes=(*stage.notes, *job.notes, *notes_of(together, self._entry)),
                 sizes=sizes_of(job, task),
             )
             self._situation = Situation(

@@ -28,6 +28,7 @@ from memfit.fitted import unfitted_on_error
 from memfit.heads import ChunkedLoss
 from memfit.hooks import ModelHook, OptimizerHook
 from memfit.keeper import Keeper
+from memfit.limits import Limits
 from memfit.memory import Meter, meter
 from memfit.modes import Modes
 from memfit.occasions import Occasions
@@ -266,6 +267,12 @@ class Handle:
             self._slack.learn(active, peak_bytes=peak, budget=limit, smallest=smallest)
 
     # Reading
+
+    def _hold(self, budget: int) -> bool:
+        """Let the plans in force hold a budget, in bytes, where the heap takes a limit; whether there are any."""
+        for _, fitted in self._planned:
+            fitted.limits = Limits(budget)
+        return bool(self._planned)
 
     def optimizer_event(self, optimizer: torch.optim.Optimizer, *, before: bool) -> None:
         """Any torch optimizer is about to step, or has stepped."""

@@ -238,11 +238,14 @@ def preload_candidate() -> str | None:
     ``None`` where the user opted out (`MEMFIT_ALLOCATOR=system`), chose an allocator already, trains on a GPU, or where
     there is none to load.
     """
+    return None if has_gpu() or not may_preload() else find_allocator()
+
+
+def may_preload() -> bool:
+    """Whether another allocator may take the place of this process's: nobody chose one."""
     if os.environ.get("MEMFIT_ALLOCATOR") == "system" or not sys.platform.startswith("linux"):
-        return None
-    if has_gpu() or allocator() != "glibc" or not sys.executable:
-        return None
-    return find_allocator()
+        return False
+    return allocator() == "glibc" and bool(sys.executable)
 
 
 @functools.cache

@@ -13,6 +13,8 @@ TASKS = ("causal-lm", "embedder", "reranker", "classification", "seq2seq", "imag
 """What a configuration can be trained for."""
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed")
 """Of the weights; mixed ones keep them in fp32 and autocast."""
+QUANTIZED = ("4bit", "8bit")
+"""Base weights under adapters, as bitsandbytes keeps them."""
 PARTS = (
     "weights",
     "gradients",

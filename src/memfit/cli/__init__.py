@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from memfit._version import __version__
-from memfit.cli import doctor, frontier, largest, plan, run
+from memfit.cli import bench, doctor, frontier, largest, plan, run
 from memfit.cli.options import EXIT_INFEASIBLE
 from memfit.errors import BudgetError, InfeasibleBudgetError, MemfitError, PlanError, UsageError
 
@@ -21,7 +21,7 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-VERBS = {"run": run, "plan": plan, "frontier": frontier, "max": largest, "doctor": doctor}
+VERBS = {"run": run, "plan": plan, "frontier": frontier, "max": largest, "bench": bench, "doctor": doctor}
 
 
 class _Parser(argparse.ArgumentParser):

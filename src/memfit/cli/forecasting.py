@@ -10,7 +10,7 @@ from memfit.cli.options import CHUNKED_LOSS, add_chunked_loss
 from memfit.errors import UsageError
 from memfit.hardware import parse_gpus
 from memfit.parallelism import parallelism
-from memfit.predictions import PRECISIONS, TASKS
+from memfit.predictions import PRECISIONS, QUANTIZED, TASKS
 from memfit.units import parse_budget
 
 if TYPE_CHECKING:
@@ -19,18 +19,26 @@ if TYPE_CHECKING:
 MODEL_HELP = "a known model (`llama-3-8b`), a folder or `config.json`, or a name on the Hub"
 
 
-def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
+def numbers(text: str) -> tuple[int, ...]:
+    """``1,4`` as numbers."""
+    return tuple(int(word) for word in text.split(","))
+
+
+def add_step(parser: argparse.ArgumentParser, *, batch: bool = True, several: bool = False) -> None:
     """What is trained, on what.
 
     Args:
         parser: Of the verb.
         batch: Whether batch and length have defaults; else they are ``None`` unless given.
+        several: Whether they may be several, as ``1,4``: then they are tuples, and the step one that can be measured.
     """
     step = parser.add_argument_group("the step")
+    kind, metavar = (numbers, "N,M") if several else (int, "N")
+    rows, length = ((1,), (512,)) if several else (1, 512)
     step.add_argument(
-        "--batch", type=int, metavar="N", default=1 if batch else None, help="rows of each device's batch"
+        "--batch", type=kind, metavar=metavar, default=rows if batch else None, help="rows of each device's batch"
     )
-    step.add_argument("--seq", type=int, metavar="N", default=512 if batch else None, help="tokens of a row")
+    step.add_argument("--seq", type=kind, metavar=metavar, default=length if batch else None, help="tokens of a row")
     step.add_argument("--task", choices=TASKS, help="by default what the configuration is for")
     step.add_argument("--dtype", choices=PRECISIONS, default="bf16", help="of the weights; `-mixed`: fp32, autocast")
     step.add_argument("--attention", metavar="NAME", help="transformers' attention: `sdpa` (default) or `eager`")
@@ -38,18 +46,28 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     step.add_argument("--lora", type=int, metavar="RANK", help="train LoRA adapters (PEFT) instead of the weights")
     step.add_argument("--lora-targets", metavar="A,B", help="modules with adapters; all linear layers by default")
     step.add_argument("--lora-dropout", type=float, default=0.0, metavar="P", help="dropout of the adapters")
+    if not several:
+        step.add_argument(
+            "--quantize",
+            choices=QUANTIZED,
+            help="base weights under `--lora`, as bitsandbytes keeps them: NF4, LLM.int8",
+        )
     step.add_argument("--freeze", metavar="A,B", help="parts of parameter names that do not train")
     step.add_argument("--optimizer", metavar="NAME", help="`adamw` (default), `adamw_8bit`, `adafactor`, `sgd`")
     step.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
     step.add_argument("--group", type=int, default=8, metavar="N", help="passages for each query: embedder, reranker")
-    step.add_argument(
-        "--sub-batch", type=int, metavar="N", help="of an embedder: cache gradients (GradCache), N rows at a time"
-    )
+    if not several:
+        step.add_argument(
+            "--sub-batch", type=int, metavar="N", help="of an embedder: cache gradients (GradCache), N rows at a time"
+        )
     step.add_argument("--trust-remote-code", action="store_true", help="run the code that a configuration brings")
     add_chunked_loss(parser, auto=False)
     device = parser.add_argument_group("the device")
     device.add_argument("--gpu", "--gpus", metavar="NAME", help="such as `rtx4090`, `a100-40gb`, `8xh100`, `here`")
-    _add_together(device)
+    if several:  # what is only predicted
+        parser.set_defaults(quantize=None, sub_batch=None, ddp=False, fsdp=None, zero=None, tp=None)
+    else:
+        _add_together(device)
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
 
 
@@ -73,13 +91,16 @@ def check(arguments: argparse.Namespace) -> None:
         BudgetError: The budget cannot be read.
     """
     for name in ("batch", "seq", "accumulate", "group", "lora", "sub_batch"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"`--{name.replace('_', '-')} {value}` is below 1.")
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, tuple) else () if given is None else (given,):
+            if value < 1:
+                raise UsageError(f"`--{name.replace('_', '-')} {value}` is below 1.")
     if not 0 <= arguments.lora_dropout < 1:
         raise UsageError(f"`--lora-dropout {arguments.lora_dropout}` is no probability below 1.")
     if arguments.lora is None and (arguments.lora_targets or arguments.lora_dropout):
         raise UsageError("`--lora-targets` and `--lora-dropout` are of adapters: give their rank with `--lora`.")
+    if arguments.lora is None and arguments.quantize is not None:
+        raise UsageError(f"`--quantize {arguments.quantize}`: such weights do not train. Give adapters with `--lora`.")
     for name in ("freeze", "lora_targets"):
         if getattr(arguments, name) is not None and not _parts(getattr(arguments, name)):
             raise UsageError(f"`--{name.replace('_', '-')}` names nothing.")
@@ -94,7 +115,7 @@ def refuse_for_functions(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: One of them is given.
     """
-    for name in ("lora", "freeze", "task", "attention", "sub_batch"):
+    for name in ("lora", "quantize", "freeze", "task", "attention", "sub_batch"):
         if getattr(arguments, name) is not None:
             raise UsageError(
                 f"`--{name.replace('_', '-')}` is for models by name: build it into what `{arguments.target}` returns."
@@ -111,7 +132,15 @@ def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = Tr
     from memfit.forecast import Forecast
 
     config = configurations.load(model, trust_remote_code=arguments.trust_remote_code)
-    options: dict[str, Any] = {
+    options = {**step_options(arguments), "cache_rows": arguments.sub_batch, "compares": compares}
+    return lambda batch, length: Forecast(
+        config, **device_options(arguments), task=arguments.task, batch_size=batch, length=length, **options
+    )
+
+
+def step_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `tasks.build`, but for the task and the size of the batch."""
+    return {
         "precision": arguments.dtype,
         "attention": arguments.attention,
         "padded": arguments.padded,
@@ -119,13 +148,9 @@ def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = Tr
         "lora_targets": _parts(arguments.lora_targets) or None,
         "lora_dropout": arguments.lora_dropout,
         "freeze": _parts(arguments.freeze),
+        "quantize": arguments.quantize,
         "group": arguments.group,
-        "cache_rows": arguments.sub_batch,
-        "compares": compares,
     }
-    return lambda batch, length: Forecast(
-        config, **device_options(arguments), task=arguments.task, batch_size=batch, length=length, **options
-    )
 
 
 def device_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+
+from memfit import host
 from memfit.hardware import Hardware
 from memfit.simulation.results import Rehearsed
 from memfit.units import parse_budget
@@ -10,6 +15,10 @@ CUDA_CONTEXT_BYTES = 600 * 2**20
 """Of a device's memory: what driver, context and kernels take before the first tensor."""
 CUDA_WORKSPACE_BYTES = 72 * 2**20
 """cuBLAS's, for the thread of the forward and that of the backward (32 MiB each on Hopper), and cuDNN's."""
+FIRST_STEP_BYTES = 40 * 2**20
+"""On CPU: what a real step adds to a process that has its libraries: code that runs first, packed matrices, stacks."""
+PROCESS_SPREAD_BYTES = 32 * 2**20
+"""On CPU: by how much more a process may hold than expected."""
 SLACK = {"cuda": (0.02, 0.06), "cpu": (0.03, 0.08), "mps": (0.05, 0.15)}
 """What an allocator holds beside tensors, as a part of them: expected, and at most."""
 
@@ -23,6 +32,23 @@ def limit_of(budget: int | float | str | None, entry: Hardware) -> int | str:
     if parsed.kind == "percent":
         return int(entry.memory_bytes * (parsed.value or 0) / 100)
     return "min" if parsed.kind == "min" else int(parsed.value or 0)
+
+
+_processes: list[int] = []
+
+
+def process_bytes(tensors: Iterable[torch.Tensor] = ()) -> int:
+    """What a training process holds beside tensors on CPU, judged by this one once it has the libraries.
+
+    Of several readings the smallest: later ones have what predictions left behind.
+
+    Args:
+        tensors: Real ones that this process holds and a prediction counts itself.
+    """
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    _processes.append(max(0, host.resident_bytes() - sum(storages.values())))
+    _processes[:] = [min(_processes)]
+    return _processes[0] + FIRST_STEP_BYTES
 
 
 def not_counted(entry: Hardware, rehearsed: Rehearsed) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from memfit.hardware import Hardware
 from memfit.plans import Plan
 from memfit.predictions import Alternative, Peak, Prediction
 from memfit.profiles import StepProfile
-from memfit.simulation.device import CUDA_WORKSPACE_BYTES, SLACK, not_counted
+from memfit.simulation.device import CUDA_WORKSPACE_BYTES, PROCESS_SPREAD_BYTES, SLACK, not_counted
 from memfit.simulation.results import Rehearsed
 from memfit.solver.hidden_states import IN_FLIGHT, offload_plan
 from memfit.solver.peak import simulate
@@ -58,11 +58,11 @@ class Pricing:
 
     def tensor_bytes(self, limit: int) -> int:
         """What tensors may take for the highest peak to be within ``limit``."""
-        return max(0, int((limit - self.base_bytes) / (1 + self._slack[1])))
+        return max(0, int((limit - self._highest_base) / (1 + self._slack[1])))
 
     def limit(self, tensor_bytes: int) -> int:
         """The highest peak of a plan whose tensors take ``tensor_bytes``."""
-        return self.base_bytes + int(tensor_bytes * (1 + self._slack[1]))
+        return self._highest_base + int(tensor_bytes * (1 + self._slack[1]))
 
     def expected(self, plan: Plan) -> int:
         """Bytes of the expected peak."""
@@ -170,6 +170,10 @@ class Pricing:
             blocks=sum(sum(rehearsed.op_flops[call.program]) for call in self.profile.calls),
         )
         return compare(self.sizes, counted, num_devices=self.num_devices)
+
+    @property
+    def _highest_base(self) -> int:
+        return self.base_bytes + (PROCESS_SPREAD_BYTES if self.entry.backend == "cpu" else 0)
 
     @property
     def _slack(self) -> tuple[float, float]:

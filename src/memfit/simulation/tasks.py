@@ -1,11 +1,11 @@
-"""What people train: a model from its configuration, a batch, and the loss. Call these inside `fake_tensors()`."""
+"""What people train: a model from its configuration, a batch, and the loss: inside `fake_tensors()`, or on a device."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memfit.arguments import check_positive
 from memfit.errors import ModelError, UsageError
 from memfit.predictions import PRECISIONS, TASKS
+from memfit.simulation import quantized
 from memfit.simulation.fakes import twin
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,12 +41,13 @@ class Job:
     """A step to rehearse.
 
     Attributes:
-        model: On fake tensors, in training mode.
+        model: In training mode; on fake tensors, unless it was built on a device.
         batch: Its inputs.
         loss: Runs the forward.
         tokens: In the batch; ``None`` where it has none.
         title: What a report calls the model, if not by its class.
         contrast: What the step consists of, if it is a contrastive one.
+        notes: What a prediction of it leaves out.
     """
 
     model: torch.nn.Module
@@ -54,6 +56,7 @@ class Job:
     tokens: int | None
     title: str = ""
     contrast: Contrast | None = None
+    notes: tuple[str, ...] = ()
 
 
 def task_of(config: Any) -> str:
@@ -96,6 +99,8 @@ def build(
     padded: bool = False,
     group: int = 8,
     temperature: float = 0.02,
+    quantize: str | None = None,
+    device: torch.device | None = None,
 ) -> Job:
     """A model of a configuration, and one batch of the task.
 
@@ -113,6 +118,8 @@ def build(
         padded: Whether rows are padded, so that attention has a mask.
         group: Passages for each query.
         temperature: Of the contrastive loss.
+        quantize: One of `QUANTIZED`: the base weights under the adapters.
+        device: Where to build it with random weights and random tokens; by default all is fake.
 
     Raises:
         UsageError: No such task or precision; a length beyond the model's positions; targets that match nothing.
@@ -130,34 +137,60 @@ def build(
         raise UsageError(
             f"`seq={length}` is beyond the {positions} positions of this {config.model_type}. Give at most {positions}."
         )
-    with _disable_current_modes(), torch.device("meta"):  # libraries move modules about, which fake ones cannot be
+    # Libraries move modules about, which fake ones cannot be.
+    apart = _disable_current_modes() if device is None else contextlib.nullcontext()
+    with apart, torch.device("meta" if device is None else device):
         model = _model(config, task, DTYPES.get(precision, torch.float32), attention)
         title = type(model).__name__
+        if quantize is not None:
+            _check_quantized(lora, device)
+            quantized.quantize(model, quantize)
+            title = f"{title} in {quantize.removesuffix('bit')} bits"
         if lora is not None:
             title = f"{title} with LoRA"
             model = _with_lora(model, lora, lora_targets, lora_dropout)
-    model = twin(model)
+    if device is None:
+        model = twin(model)
     _freeze(model, freeze)
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(f"No parameter of {type(model).__name__} trains: nothing is kept for a backward.")
     model.train()
-    autocast = _autocast(precision)
+    place = torch.device("cpu") if device is None else device
+    autocast = _autocast(precision, place.type)
     if task == "embedder":
-        return _embedder(model, title, batch_size, length, group, temperature, autocast)
+        with place:
+            pairs = {
+                name: _tokens(config, rows, length, padded=True, real=device is not None)
+                for name, rows in (("query", batch_size), ("passages", batch_size * group))
+            }
+        made = _embedder(model, title, pairs, batch_size, group, temperature, autocast)
+        return replace(made, notes=quantized.notes(quantize))
     rows = batch_size * group if task == "reranker" else batch_size
-    batch = _batch(config, task, rows, length, padded, DTYPES.get(precision, torch.float32))
+    with place:
+        batch = _batch(
+            config, task, rows, length, padded, DTYPES.get(precision, torch.float32), real=device is not None
+        )
 
     def loss() -> torch.Tensor:
         with autocast():
             output = model(**batch)
         if task == "reranker":
             scores = output.logits.view(batch_size, group)
-            return torch.nn.functional.cross_entropy(scores.float(), torch.zeros(batch_size, dtype=torch.long))
+            return torch.nn.functional.cross_entropy(
+                scores.float(), torch.zeros(batch_size, dtype=torch.long, device=scores.device)
+            )
         found: torch.Tensor = output.loss
         return found
 
     tokens = None if task == "image" else rows * length
-    return Job(model=model, batch=batch, loss=loss, tokens=tokens, title=title)
+    return Job(model=model, batch=batch, loss=loss, tokens=tokens, title=title, notes=quantized.notes(quantize))
+
+
+def _check_quantized(lora: int | None, device: torch.device | None) -> None:
+    if lora is None:
+        raise UsageError("Quantized weights do not train: give `lora`, the rank of adapters that do.")
+    if device is not None:
+        raise UsageError("Quantized weights are predicted only: no real step runs with them. Leave `quantize` out.")
 
 
 def _model(config: Any, task: str, dtype: torch.dtype, attention: str | None) -> torch.nn.Module:
@@ -217,27 +250,42 @@ def _freeze(model: torch.nn.Module, parts: Iterable[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def _autocast(precision: str) -> Callable[[], Any]:
+def _autocast(precision: str, device: str) -> Callable[[], Any]:
     if not precision.endswith("-mixed"):
         return contextlib.nullcontext
     dtype = DTYPES[precision.removesuffix("-mixed")]
-    return lambda: torch.autocast("cpu", dtype=dtype)
+    return lambda: torch.autocast(device, dtype=dtype)
 
 
-def _batch(config: Any, task: str, rows: int, length: int, padded: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _tokens(config: Any, rows: int, length: int, *, padded: bool, real: bool) -> dict[str, torch.Tensor]:
+    """Token ids, and a mask that hides the last token of each row."""
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    if real:
+        text = getattr(config, "get_text_config", lambda: config)()
+        ids = torch.randint(min(10, text.vocab_size - 1), text.vocab_size, (rows, length))
+    if not padded:
+        return {"input_ids": ids}
+    mask = torch.ones(rows, length, dtype=torch.long)
+    if length > 1:
+        mask[:, -1] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _batch(
+    config: Any, task: str, rows: int, length: int, padded: bool, dtype: torch.dtype, *, real: bool
+) -> dict[str, torch.Tensor]:
+    numbers: Callable[..., torch.Tensor] = torch.randn if real else torch.empty
     if task == "image":
         size = getattr(config, "image_size", 224)
-        pixels = torch.empty(rows, getattr(config, "num_channels", 3), size, size, dtype=dtype)
+        pixels = numbers(rows, getattr(config, "num_channels", 3), size, size, dtype=dtype)
         return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
-    tokens = torch.zeros(rows, length, dtype=torch.long)
+    batch = _tokens(config, rows, length, padded=padded or task == "reranker", real=real)
     if config.model_type == "whisper":
         frames = 2 * config.max_source_positions
-        return {"input_features": torch.empty(rows, config.num_mel_bins, frames, dtype=dtype), "labels": tokens}
-    batch = {"input_ids": tokens}
-    if padded or task == "reranker":
-        batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+        features = numbers(rows, config.num_mel_bins, frames, dtype=dtype)
+        return {"input_features": features, "labels": batch["input_ids"]}
     if task in ("causal-lm", "seq2seq"):
-        batch["labels"] = tokens.clone()
+        batch["labels"] = batch["input_ids"].clone()
     elif task == "classification":
         batch["labels"] = torch.zeros(rows, dtype=torch.long)
     return batch
@@ -246,20 +294,13 @@ def _batch(config: Any, task: str, rows: int, length: int, padded: bool, dtype: 
 def _embedder(
     model: torch.nn.Module,
     title: str,
+    batch: dict[str, dict[str, torch.Tensor]],
     batch_size: int,
-    length: int,
     group: int,
     temperature: float,
     autocast: Callable[[], Any],
 ) -> Job:
     """Queries, then passages, through one encoder; every passage of the batch is a candidate for every query."""
-    batch = {
-        name: {
-            "input_ids": torch.zeros(rows, length, dtype=torch.long),
-            "attention_mask": torch.ones(rows, length, dtype=torch.long),
-        }
-        for name, rows in (("query", batch_size), ("passages", batch_size * group))
-    }
 
     def encode(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with autocast():
@@ -268,13 +309,14 @@ def _embedder(
 
     def loss_of(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
         scores = queries @ passages.T / temperature
-        return torch.nn.functional.cross_entropy(scores.float(), torch.arange(batch_size) * group)
+        return torch.nn.functional.cross_entropy(scores.float(), torch.arange(batch_size, device=scores.device) * group)
 
+    tokens = sum(inputs["input_ids"].numel() for inputs in batch.values())
     return Job(
         model=model,
         batch=batch,
         loss=lambda: loss_of(encode(batch["query"]), encode(batch["passages"])),
-        tokens=batch_size * (1 + group) * length,
+        tokens=tokens,
         title=title,
         contrast=Contrast(batches=(batch["query"], batch["passages"]), encode=encode, loss=loss_of),
     )
