@@ -29,12 +29,13 @@ from memfit.simulation.device import limit_of
 from memfit.simulation.fakes import fake_batch, fake_tensors, twin, uncheckpointed
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
-from memfit.simulation.parallel import Team, make_team, notes_of, process_group
+from memfit.simulation.parallel import Team, process_group
 from memfit.simulation.pricing import Pricing
 from memfit.simulation.rates import rates
 from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
 from memfit.simulation.target import CudaKernels
+from memfit.simulation.teams import make_team, notes_of
 from memfit.solver.planner import solve, switched
 from memfit.units import parse_budget
 
@@ -138,6 +139,9 @@ class Forecast:
         check_positive("accumulate", accumulate)
         check_positive("num_devices", num_devices)
         self._parallelism = parallelism(num_devices, ddp=ddp, fsdp=fsdp, zero=zero, tp=tp)
+        if self._parallelism.kind == "zero" and str(options.get("precision")).endswith("-mixed"):
+            # DeepSpeed's own: weights in half precision, fp32 in the optimizer's partition.
+            options["precision"] = options["precision"].removesuffix("-mixed")
         self._precision = str(options.get("precision", "fp32"))
         self._accumulate = accumulate
         self._optimizer = None
