@@ -55,6 +55,7 @@ check: $(STAMP)-dev tcmalloc
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
+TESTS_deepspeed := tests/integrations/test_deepspeed_predictions.py
 TESTS_distributed := $(addprefix tests/integrations/test_distributed_,contrastive.py predictions.py)
 TESTS_transformers := tests/integrations/test_transformers_peft.py
 

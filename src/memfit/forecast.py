@@ -26,12 +26,12 @@ from memfit.simulation import cached, tasks
 from memfit.simulation.device import limit_of, process_bytes
 from memfit.simulation.fakes import fake_batch, twin
 from memfit.simulation.optimizers import make_optimizer
-from memfit.simulation.parallel import notes_of
 from memfit.simulation.pricing import Pricing
 from memfit.simulation.quantized import num_parameters
 from memfit.simulation.settings import best_setting
 from memfit.simulation.sizes import sizes_of
 from memfit.simulation.stage import Stage
+from memfit.simulation.teams import notes_of
 from memfit.solver.planner import solve, switched
 from memfit.stacks import Situation, Stack
 from memfit.units import parse_budget
@@ -146,6 +146,9 @@ class Forecast:
         if cache_rows is not None:
             check_positive("cache_rows", cache_rows)
         together = parallelism(num_devices, ddp=ddp, fsdp=fsdp, zero=zero, tp=tp)
+        if together.kind == "zero" and str(options.get("precision")).endswith("-mixed"):
+            # DeepSpeed's own: weights in half precision, fp32 in the optimizer's partition.
+            options["precision"] = options["precision"].removesuffix("-mixed")
         prepare: Callable[[], tasks.Job]
         if isinstance(model, torch.nn.Module):
             if options or task is not None:

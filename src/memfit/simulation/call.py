@@ -42,6 +42,7 @@ class Call:
         backward_start: Bytes alive when its backward began.
         before_peak: The most since the backward of another block had ended, or since the last forward.
         backward_seconds, backward_flops: The ledger's, then.
+        transient: Bytes that reducing its gradients took for a moment.
         gradients: Bytes of gradients, then.
         key: What equal calls share.
         template: The call that it was passed over for.
@@ -65,6 +66,7 @@ class Call:
     forward_seconds: float = 0.0
     backward_start: int | None = None
     before_peak: int = 0
+    transient: int = 0
     backward_seconds: float = 0.0
     backward_order: int = -1
     gradients: int = 0

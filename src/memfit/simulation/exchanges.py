@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
-from memfit.profiles import StepEvent, StepProfile
+from memfit.profiles import ProgramProfile, StepEvent, StepProfile
 from memfit.simulation.call import Call
 
 
@@ -44,21 +46,31 @@ def with_exchanges(
             if call is not order[0] and peak > event.outside_bytes:
                 live = tuple(sorted((*event.live_calls, event.call)))
                 found.append((_between(f"before the {event.name}", live, peak), size))
+            event = replace(event, outside_bytes=event.outside_bytes + call.transient)
         elif event.name in ("end of backward", "optimizer") and not ended:
             ended = True
             found.append((_between("end of backward", (), end_peak + state + max(0, resident - size)), size))
         found.append((event, size))
     kept = _needed(found)
-    return (
-        StepProfile(
-            device=profile.device,
-            programs=profile.programs,
-            calls=profile.calls,
-            events=tuple(event for event, _ in kept),
-            outside_seconds=profile.outside_seconds,
-        ),
-        tuple(size for _, size in kept),
-    )
+    return replace(profile, events=tuple(event for event, _ in kept)), tuple(size for _, size in kept)
+
+
+def without_gradients(profile: ProgramProfile, sizes: Sequence[int]) -> ProgramProfile:
+    """A program whose gradients of parameters are taken away as they come.
+
+    Args:
+        profile: Of the program.
+        sizes: Of those gradients, in bytes.
+    """
+    freed = {event.index for event in profile.timeline if event.kind == "free"}
+    left = Counter(sizes)
+    timeline = []
+    for event in profile.timeline:
+        timeline.append(event)
+        if event.kind == "alloc" and event.index not in freed and left[event.size]:
+            left[event.size] -= 1
+            timeline.append(replace(event, kind="free"))
+    return replace(profile, timeline=tuple(timeline))
 
 
 def _between(name: str, live: tuple[int, ...], size: int) -> StepEvent:
@@ -80,4 +92,4 @@ def _needed(found: list[tuple[StepEvent, int]]) -> list[tuple[StepEvent, int]]:
     return kept[::-1]
 
 
-__all__ = ["with_exchanges"]
+__all__ = ["with_exchanges", "without_gradients"]

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.errors import ModelError, UsageError
-from memfit.hardware import Hardware
 from memfit.parallelism import Parallelism
 from memfit.sharding import local
 from memfit.simulation.ledger import Ledger, resizes_seen
 from memfit.simulation.traffic import Traffic
+from memfit.training import TrainingState
 
 _BUCKET_BYTES = 25 * 2**20
 _FIRST_BUCKET_BYTES = 2**20
@@ -36,10 +36,12 @@ class Team:
         shards: Whether parameters are there only around a block's own forward and backward.
         traffic: What is sent; ``None``: nothing is.
         together: Whether they share anything.
+        moves_gradients: Whether each gradient leaves the parameter as soon as it is there.
     """
 
     shards = False
     together = False
+    moves_gradients = False
     traffic: Traffic | None = None
 
     def shard(self, model: torch.nn.Module, blocks: Blocks) -> None:
@@ -50,8 +52,20 @@ class Team:
         """While a step is rehearsed."""
         yield
 
-    def start(self, model: torch.nn.Module, blocks: Blocks, ledger: Ledger) -> None:
-        """Make what is there throughout the training, weights aside."""
+    def start(self, model: torch.nn.Module, blocks: Blocks, ledger: Ledger) -> int:
+        """Make what is there throughout the training; returns how many bytes of it are weights."""
+        return 0
+
+    def ended(self) -> None:
+        """The backward has."""
+
+    def transient(self) -> int:
+        """Bytes that the reduction of gradients took for a moment, within a block's backward, since the last call."""
+        return 0
+
+    def gradient_bytes(self, states: TrainingState) -> int:
+        """Of gradients that are there now."""
+        return states.gradient_bytes()
 
     def optimizer(self, make: MakeOptimizer, parameters: Sequence[torch.Tensor]) -> Any:
         """Of the parameters that train, once their gradients are there: it has ``step()`` and ``state``."""
@@ -74,7 +88,7 @@ class Replicas(Team):
         finally:
             self._end()
 
-    def start(self, model: torch.nn.Module, blocks: Blocks, ledger: Ledger) -> None:
+    def start(self, model: torch.nn.Module, blocks: Blocks, ledger: Ledger) -> int:
         """Make the reducer with its buckets; calls of the model go through DistributedDataParallel."""
         wrapped = torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
         # The reducer's own hook looks at what a collective returns, which has no contents here.
@@ -95,6 +109,7 @@ class Replicas(Team):
         own = vars(model).get("forward")
         model.__dict__["forward"] = forward
         self._wrapped = (wrapped, model, own, hooks)
+        return 0
 
     def _end(self) -> None:
         if self._wrapped is None:
@@ -210,45 +225,6 @@ def _own_chunks() -> Iterator[None]:
         module._chunk_with_empty = original
 
 
-def make_team(parallelism: Parallelism, entry: Hardware, precision: str) -> Team:
-    """What devices add to a rehearsed step; one for each rehearsal.
-
-    Args:
-        parallelism: What they do together.
-        entry: What each of them is.
-        precision: One of `PRECISIONS`.
-    """
-    if parallelism.kind == "replicas":
-        return Team()
-    traffic = Traffic(entry, parallelism.num_devices)
-    if parallelism.kind == "ddp":
-        return Replicas(traffic)
-    mixed = precision.removesuffix("-mixed") if precision.endswith("-mixed") else ""
-    return Sharded(parallelism, traffic, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed))
-
-
-def notes_of(parallelism: Parallelism, entry: Hardware) -> tuple[str, ...]:
-    """What a prediction for several devices leaves out, as sentences."""
-    if parallelism.kind == "replicas":
-        if parallelism.num_devices == 1:
-            return ()
-        what = f"What {parallelism.num_devices} devices share: each holds the whole model here, and reduces nothing."
-        return (f"{what} Say how they work together: `ddp`, `fsdp` or `zero`.",)
-    links = entry.interconnect_bytes_per_second
-    found = [
-        "Networks between machines: all devices are taken to be linked as those of one machine are."
-        if links is not None
-        else f"The time of what devices send each other: `{entry.name}` has no rate for its links."
-    ]
-    if parallelism.kind == "fsdp":
-        found.append(
-            "Groups of their own for embedding and head, as torchtitan and accelerate shard them: here they are one "
-            "group with all that is outside the blocks, as in torch's documentation, and gathered from forward to "
-            "backward."
-        )
-    return tuple(found)
-
-
 @contextlib.contextmanager
 def process_group(parallelism: Parallelism) -> Iterator[None]:
     """Be rank 0 of many that are not there, where torch's wrappers need ranks.
@@ -277,4 +253,4 @@ def process_group(parallelism: Parallelism) -> Iterator[None]:
         sys.excepthook = shown
 
 
-__all__ = ["Team", "make_team", "notes_of", "process_group"]
+__all__ = ["Blocks", "MakeOptimizer", "Replicas", "Sharded", "Team", "process_group"]

@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memfit import graph
 from memfit.errors import ModelError
 from memfit.profiler import Now, Reading, step_profile
+from memfit.profiles import ProgramProfile
 from memfit.programs import Leaf
 from memfit.signature import parameter_slots, read_arguments, tensors_in
 from memfit.simulation.call import Call, Parked
 from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
-from memfit.simulation.exchanges import with_exchanges
+from memfit.simulation.exchanges import with_exchanges, without_gradients
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.parallel import Team
 from memfit.simulation.recording import FakeRecorder
@@ -60,6 +61,7 @@ class Rehearsal:
         self._blocks = blocks
         self._team = team if team is not None else Team()
         self._together = self._team.together
+        self._entered: Call | None = None  # whose backward was the last to begin
         self._ending: Call | None = None  # whose backward has ended, while no other has begun
         self._calls: list[Call] = []
         self._stack: list[Call] = []
@@ -256,7 +258,10 @@ class Rehearsal:
         call.backward_seconds, call.backward_flops = ledger.seconds, ledger.flops
         call.backward_order = self._num_backward
         assert self._states is not None
-        call.gradients = self._states.gradient_bytes()
+        call.gradients = self._team.gradient_bytes(self._states)
+        if self._entered is not None:
+            self._entered.transient = self._team.transient()
+        self._entered = call
         self._num_backward += 1
         if self._team.traffic is not None:
             self._team.traffic.window = self._num_backward
@@ -273,6 +278,11 @@ class Rehearsal:
         last = max(self._calls, key=lambda call: call.backward_order, default=None)
         if self._ending is None and last is not None:
             self._leave_backward(last)
+
+    def _without_gradients(self, profile: ProgramProfile) -> ProgramProfile:
+        call = next(c for c in self._calls if c.program is not None and c.program.key == profile.key)
+        trained = [p for p in self._modules[call.name].parameters() if p.requires_grad]
+        return without_gradients(profile, [p.numel() * p.element_size() for p in trained])
 
     # The step
 
@@ -306,7 +316,7 @@ class Rehearsal:
         ledger.see([*model.buffers(), *tensors_in(batch)])
         self._states = states = TrainingState(model, None, torch.device("cpu"))
         buffer_bytes = ledger.now - parameter_bytes
-        self._team.start(model, self._blocks, ledger)
+        parameter_bytes += self._team.start(model, self._blocks, ledger)
         start = ledger.now
         ledger.reset_peak()
         flops, seconds = ledger.flops, ledger.seconds
@@ -317,12 +327,17 @@ class Rehearsal:
             value.register_hook(lambda _: queue(self._last_leaves))  # type: ignore[no-untyped-call]  # before theirs
         value.backward()  # type: ignore[no-untyped-call]
         del value
+        self._team.ended()
+        if self._entered is not None:
+            self._entered.transient = self._team.transient()
+        if self._team.traffic is not None:
+            self._team.traffic.settle(ledger.seconds)
         backward_flops = ledger.flops - flops - forward_flops
         if not self._num_backward:
             raise ModelError(f"No block of {type(model).__name__} took part in the backward of this loss.")
         reading = Reading(start_bytes=start, start_gradients=0, start_state=0)
         reading.loss_peak, reading.end_peak = self._loss_peak, ledger.peak
-        reading.gradients_end, reading.end_bytes = states.gradient_bytes(), ledger.now
+        reading.gradients_end, reading.end_bytes = self._team.gradient_bytes(states), ledger.now
         backward_ended, backward_flops_ended = ledger.seconds, ledger.flops
         made = self._team.optimizer(optimizer, parameters) if optimizer is not None and like is None else None
         if made is not None:
@@ -338,10 +353,13 @@ class Rehearsal:
         step_seconds = backward_ended - seconds + optimizer_seconds + sum(extra for _, extra, _ in took.values())
         if self._team.traffic is not None:
             late = [took[c.index][1] for c in sorted(self._calls, key=lambda c: c.backward_order) if c.index in took]
-            step_seconds += self._team.traffic.exposed_seconds(backward_ended, late)
+            step_seconds += self._team.traffic.exposed_seconds(late)
         backward_flops += sum(extra for _, _, extra in took.values())
         held = held_nodes(self._calls)
         programs = profiles(self._calls, took, held, like)
+        if self._team.moves_gradients:
+            known = {} if like is None else like.profile.programs
+            programs = {k: p if known.get(k) is p else self._without_gradients(p) for k, p in programs.items()}
         reading.calls = [read(call, self._calls) for call in self._calls]
         now = Now(
             gradients_start=reading.gradients_end if resident else 0,

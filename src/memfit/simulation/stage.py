@@ -16,12 +16,13 @@ from memfit.simulation import cached
 from memfit.simulation.chunks import NotChunkedError, chunked_loss
 from memfit.simulation.fakes import fake_tensors, uncheckpointed
 from memfit.simulation.ledger import Ledger
-from memfit.simulation.parallel import MakeOptimizer, Team, make_team, process_group
+from memfit.simulation.parallel import MakeOptimizer, Team, process_group
 from memfit.simulation.rates import rates
 from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
 from memfit.simulation.target import CudaKernels
 from memfit.simulation.tasks import Job
+from memfit.simulation.teams import make_team
 
 
 class Stage:

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from memfit.hardware import Hardware
 from memfit.signature import tensors_in
 
+_ALL = -1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Moment:
@@ -104,11 +106,14 @@ class Traffic:
         """The computation needs a transfer."""
         self._moments.append(_Moment(clock=clock, window=self.window, seconds=None, key=key))
 
-    def exposed_seconds(self, ended: float, extra: Sequence[float]) -> float:
+    def settle(self, clock: float) -> None:
+        """The computation needs all transfers."""
+        self.wait(_ALL, clock)
+
+    def exposed_seconds(self, extra: Sequence[float]) -> float:
         """How much longer the step takes than its computation.
 
         Args:
-            ended: The computation's clock when the backward had ended.
             extra: Seconds that the clock lacks in the backward of each block call, in the order of the backwards.
         """
         late = [0.0]
@@ -122,10 +127,10 @@ class Traffic:
                 free = max(free, min(ready, now) if moment.early else now) + moment.seconds
                 done[moment.key] = free
             else:
-                wait = max(0.0, done.get(moment.key, 0.0) - now)
+                wait = max(0.0, (free if moment.key == _ALL else done.get(moment.key, 0.0)) - now)
                 lag += wait
                 ready = now + wait
-        return lag + max(0.0, free - (ended + late[-1] + lag))
+        return lag
 
 
 def _group_size(args: Sequence[Any]) -> int | None:

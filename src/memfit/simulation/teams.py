@@ -1,0 +1,61 @@
+"""Which team devices make, and what a prediction for it leaves out."""
+
+from __future__ import annotations
+
+import torch
+
+from memfit.hardware import Hardware
+from memfit.parallelism import Parallelism
+from memfit.simulation.parallel import Replicas, Sharded, Team
+from memfit.simulation.traffic import Traffic
+from memfit.simulation.zero import Zero
+
+_HALVES = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
+
+
+def make_team(parallelism: Parallelism, entry: Hardware, precision: str) -> Team:
+    """What devices add to a rehearsed step; one for each rehearsal.
+
+    Args:
+        parallelism: What they do together.
+        entry: What each of them is.
+        precision: One of `PRECISIONS`.
+    """
+    if parallelism.kind == "replicas":
+        return Team()
+    traffic = Traffic(entry, parallelism.num_devices)
+    if parallelism.kind == "ddp":
+        return Replicas(traffic)
+    if parallelism.kind == "zero":
+        return Zero(parallelism, traffic)
+    return Sharded(parallelism, traffic, _HALVES.get(precision))
+
+
+def notes_of(parallelism: Parallelism, entry: Hardware) -> tuple[str, ...]:
+    """What a prediction for several devices leaves out, as sentences."""
+    if parallelism.kind == "replicas":
+        if parallelism.num_devices == 1:
+            return ()
+        what = f"What {parallelism.num_devices} devices share: each holds the whole model here, and reduces nothing."
+        return (f"{what} Say how they work together: `ddp`, `fsdp` or `zero`.",)
+    links = entry.interconnect_bytes_per_second
+    found = [
+        "Networks between machines: all devices are taken to be linked as those of one machine are."
+        if links is not None
+        else f"The time of what devices send each other: `{entry.name}` has no rate for its links."
+    ]
+    if parallelism.kind == "fsdp":
+        found.append(
+            "Groups of their own for embedding and head, as torchtitan and accelerate shard them: here they are one "
+            "group with all that is outside the blocks, as in torch's documentation, and gathered from forward to "
+            "backward."
+        )
+    if parallelism.kind == "zero":
+        found.append(
+            "DeepSpeed's settings beside its own and `auto`, which makes buckets of hidden size x hidden size "
+            "elements: with larger ones, or `overlap_comm`, add what they take."
+        )
+    return tuple(found)
+
+
+__all__ = ["make_team", "notes_of"]

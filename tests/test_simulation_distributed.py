@@ -1,0 +1,225 @@
+"""Several devices that are not there: FSDP2, DDP and ZeRO in a rehearsed step, and what cannot be asked for."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+import memfit
+from memfit import cli, hardware
+from memfit.blocks import find_blocks
+from memfit.errors import ModelError, UsageError
+from memfit.forecast import Forecast
+from memfit.parallelism import Parallelism, parallelism
+from memfit.simulation.fakes import fake_tensors, twin
+from memfit.simulation.ledger import Ledger
+from memfit.simulation.optimizers import make_optimizer
+from memfit.simulation.parallel import process_group
+from memfit.simulation.rehearsal import Rehearsal
+from memfit.simulation.teams import make_team
+from memfit.simulation.traffic import Traffic
+from memfit.solver.planner import switched
+
+SIZES = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4}
+CONFIG = transformers.LlamaConfig(
+    **SIZES, num_hidden_layers=5, num_key_value_heads=2, use_cache=False, architectures=["LlamaForCausalLM"]
+)
+BLOCK = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 344 * 128 + 2 * 128) // 2
+"""Elements of a block's parameters."""
+WHOLE = 5 * BLOCK + 2 * 1000 * 128 + 128
+STEP = {"batch_size": 2, "length": 64, "precision": "fp32", "device": "cpu"}
+
+
+def forecast(num_devices: int = 4, **options) -> Forecast:
+    return Forecast(CONFIG, num_devices=num_devices, **{**STEP, **options})
+
+
+def plain(found: Forecast) -> int:
+    return switched(found.profile, policy="plain", **found.named).predicted_peak_bytes
+
+
+def test_a_shard_of_everything_is_left():
+    """Of weights, gradients and optimizer state each of four devices holds a quarter; one block is whole at a time."""
+    parts = forecast(fsdp="full").within("min").peak.parts
+    batch_and_buffers = 2 * 2 * 64 * 8 + 2 * 16 * 4
+    assert parts["weights"] == 4 * WHOLE // 4 + batch_and_buffers
+    states = 2 * 4 * WHOLE // 4
+    assert states <= parts["optimizer_state"] <= states + 4 * 64, "a step count for each parameter"
+    events = forecast(fsdp="full").profile.events
+    gathered = [event for event in events if event.name.startswith("before the backward of")]
+    assert [event.live_calls for event in gathered][-3:] == [(0, 1, 2), (0, 1), (0,)]
+    assert [event.live_calls for event in events if event.name == "end of backward"] == [()]
+
+
+def test_uneven_shards_are_padded():
+    """Over 48 devices rows do not come out even: rank 0 has the largest shards."""
+    rows = {(128, 128): 2, (64, 128): 2, (344, 128): 2, (128, 344): 1}
+    block = sum(count * -(-shape[0] // 48) * shape[1] for shape, count in rows.items()) + 2 * -(-128 // 48)
+    whole = 5 * block + 2 * -(-1000 // 48) * 128 + -(-128 // 48)
+    parts = forecast(48, fsdp="full").within("min").peak.parts
+    assert parts["weights"] == 4 * whole + 2 * 2 * 64 * 8 + 2 * 16 * 4
+
+
+@pytest.mark.parametrize("how", [{"fsdp": "full"}, {"fsdp": "grad"}, {"fsdp": "hybrid:2"}, {"ddp": True}, {"zero": 2}])
+def test_equal_blocks_are_passed_over_without_a_trace(how):
+    """With gathers and reductions around them."""
+    found = []
+    chosen = parallelism(4, **how)
+    entry = hardware.find("h100")
+    for doubles in (True, False):
+        with process_group(chosen), fake_tensors():
+            model = twin(transformers.LlamaForCausalLM(CONFIG)).train()
+            ids = torch.zeros(2, 64, dtype=torch.long)
+            team = make_team(chosen, entry, "fp32")
+            team.shard(model, find_blocks(model))
+            ledger = Ledger(lambda name, flops, moved, dtype: flops / 1e12 + moved / 1e11 + 1e-6, traffic=team.traffic)
+            with (
+                team.around(ledger),
+                Rehearsal(model, find_blocks(model), ledger, doubles=doubles, team=team) as rehearsal,
+                ledger,
+            ):
+                result = rehearsal.run(
+                    {"ids": ids},
+                    lambda m=model, i=ids: m(input_ids=i, labels=i).loss,
+                    make_optimizer("adamw", cuda=False),
+                )
+            assert len([call for call in rehearsal._calls if call.template is not None]) == (2 if doubles else 0)
+            assert not rehearsal.differs
+        found.append((result, team.traffic.sent_bytes))
+    (first, sent), (second, also) = found
+    assert first.profile.events == second.profile.events
+    assert first.profile.programs.keys() == second.profile.programs.keys()
+    assert first.gradients == second.gradients
+    assert sent == also > 0
+    assert first.step_seconds == pytest.approx(second.step_seconds, rel=0.02)
+
+
+def test_what_is_sent():
+    """Around a ring, of 4 devices: 3/4 of a buffer; DDP reduces all gradients, FSDP2 gathers blocks twice."""
+    sent = {}
+    for name, how in {"ddp": {"ddp": True}, "fsdp": {"fsdp": "full"}, "zero": {"zero": 1}}.items():
+        chosen = parallelism(4, **how)
+        with process_group(chosen), fake_tensors():
+            model = twin(transformers.LlamaForCausalLM(CONFIG)).train()
+            ids = torch.zeros(2, 64, dtype=torch.long)
+            team = make_team(chosen, hardware.find("h100"), "fp32")
+            team.shard(model, find_blocks(model))
+            ledger = Ledger(lambda *_: 0.0, traffic=team.traffic)
+            with team.around(ledger), Rehearsal(model, find_blocks(model), ledger, team=team) as rehearsal, ledger:
+                rehearsal.run(
+                    {"ids": ids},
+                    lambda m=model, i=ids: m(input_ids=i, labels=i).loss,
+                    make_optimizer("adamw", cuda=False),
+                )
+        sent[name] = team.traffic.sent_bytes
+    outside = 2 * 1000 * 128 + 128
+    buffers = 2 * 16 * 4  # DDP broadcasts them before each forward
+    assert sent["ddp"] == 3 / 4 * (2 * 4 * WHOLE + buffers)
+    assert sent["fsdp"] == 3 / 4 * 4 * (3 * 5 * BLOCK + 2 * outside)
+    assert sent["zero"] == pytest.approx(3 / 4 * 4 * 3 * WHOLE, rel=1e-4), "all-reduced, then gathered"
+
+
+def test_what_is_sent_takes_time_where_nothing_hides_it():
+    """Transfers queue up beside the computation, which waits for what it has asked for, and in the end for all."""
+    entry = hardware.find("h100")
+    rate = entry.interconnect_bytes_per_second * entry.copy_efficiency
+    traffic = Traffic(entry, 2)
+    second = 2 * (rate - rate * entry.launch_seconds)  # halved by the ring, and a launch
+    traffic.send(3 * second - 2 * rate * (3 * entry.launch_seconds - entry.launch_seconds), 0.0, key=7, early=True)
+    traffic.wait(7, 1.0)  # 3 s, of which the computation has hidden 1
+    traffic.send(second, 4.0)  # is over at 4 + 2 + 1
+    traffic.settle(4.5)
+    assert traffic.exposed_seconds([]) == pytest.approx(2 + 0.5, rel=1e-3)
+    assert traffic.exposed_seconds([10.0]) == pytest.approx(2 + 0.5, rel=1e-3), "no backward had begun"
+
+
+def test_more_devices_take_less_each():
+    peaks = [plain(forecast(number, fsdp="full")) for number in (2, 8, 64)]
+    assert peaks == sorted(peaks, reverse=True)
+    alone = plain(forecast(1))
+    assert peaks[0] < alone < plain(forecast(8, ddp=True))
+    assert plain(forecast(8, ddp=True)) == pytest.approx(alone + 4 * WHOLE, rel=1e-4), "buckets"
+    stages = [plain(forecast(8, zero=stage)) for stage in (1, 2)]
+    assert stages[0] >= stages[1] < alone
+    assert plain(forecast(8, fsdp="full")) < plain(forecast(8, fsdp="grad"))
+    assert plain(forecast(8, fsdp="full")) < plain(forecast(8, fsdp="hybrid:2"))
+
+
+def test_mixed_precision_gathers_in_half():
+    """The shards are fp32, what is gathered and reduced is not; DeepSpeed's weights are half all the time."""
+    whole = forecast(4, fsdp="full").within("min").peak.parts
+    mixed = forecast(4, fsdp="full", precision="bf16-mixed").within("min").peak.parts
+    assert mixed["weights"] == whole["weights"]
+    assert mixed["outside_blocks"] < 0.7 * whole["outside_blocks"]
+    zero = forecast(4, zero=2, precision="bf16-mixed").within("min").peak.parts["weights"]
+    assert zero == pytest.approx((2 + 4 / 4) * WHOLE, rel=0.01)
+
+
+def test_plans_say_for_whom_they_are():
+    found = forecast(4, fsdp="full").within("min").plan
+    assert (found.world_size, found.mesh) == (4, (4,))
+    assert forecast(4, fsdp="hybrid:2").within("min").plan.mesh == (2, 2)
+    assert (forecast(4, ddp=True).within("min").plan.world_size, forecast(4).within("min").plan.world_size) == (4, 1)
+
+
+def test_nothing_is_left_behind():
+    """No process group, no hook on exceptions, no patched storage."""
+    shown, resize = sys.excepthook, torch.UntypedStorage.resize_
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))
+    for how in ({"fsdp": "full"}, {"ddp": True}, {"zero": 2}):
+        memfit.simulate(model, torch.zeros(8, 64), loss=lambda output, batch: output.sum(), num_devices=2, **how)
+        assert not dist.is_initialized()
+    assert sys.excepthook is shown
+    assert torch.UntypedStorage.resize_ is resize
+    assert "resize_" not in vars(torch.UntypedStorage)
+    assert all(type(p) is nn.Parameter and not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_process_that_is_a_rank_already():
+    with process_group(parallelism(2, ddp=True)), pytest.raises(UsageError, match="a rank of a process group already"):
+        forecast(4, ddp=True)
+
+
+@pytest.mark.parametrize(
+    ("devices", "options", "message"),
+    [
+        (1, {"fsdp": "full"}, "needs several devices, and there is 1"),
+        (1, {"ddp": True}, "needs several devices"),
+        (8, {"fsdp": "half"}, "no FSDP strategy `half`"),
+        (8, {"fsdp": "hybrid:3"}, "do not make several groups of 3"),
+        (8, {"fsdp": "hybrid:8"}, "do not make several groups of 8"),
+        (8, {"zero": 4}, "no ZeRO stage `4`"),
+        (8, {"zero": 0}, "no ZeRO stage `0`"),
+        (8, {"ddp": True, "fsdp": "full"}, "`ddp` and `fsdp` do not go together"),
+        (8, {"fsdp": "full", "zero": 1}, "`fsdp` and `zero` do not go together"),
+        (8, {"tp": 3}, "`tp=3` does not divide 8 devices"),
+        (8, {"tp": 0}, "`tp=0` is no number"),
+        (8, {"tp": 2}, "Tensor parallelism is not predicted yet"),
+    ],
+)
+def test_what_cannot_be(devices, options, message):
+    with pytest.raises(UsageError, match=message):
+        parallelism(devices, **options)
+
+
+def test_words():
+    assert parallelism(8) == Parallelism(num_devices=8)
+    assert parallelism(8, tp=1, fsdp="grad").words == "FSDP2 of gradients and state over 8 devices"
+    assert parallelism(8, fsdp="hybrid:4").mesh == (2, 4)
+
+
+def test_a_sharded_head_has_no_chunked_loss():
+    with pytest.raises(ModelError, match="head's weight, which is sharded"):
+        forecast(4, fsdp="full", chunked_loss=True)
+
+
+@pytest.mark.parametrize("words", [["--fsdp", "full"], ["--gpus", "4xh100", "--ddp", "--zero", "1"]])
+def test_the_command_line_says_so(words, capsys):
+    assert cli.main(["plan", "gpt2", *words]) == 2
+    assert "`" in capsys.readouterr().err
