@@ -217,3 +217,19 @@ def test_what_was_not_measured_is_left_empty():
 def test_a_budget_in_words_is_shown(summary):
     summary |= {"budget": "min", "budget_bytes": None}
     assert render(summary).splitlines()[0].endswith("at the loss; budget `min`")
+
+
+def test_compute_and_rate(summary):
+    summary.update(model_flops=44_800_000_000_000, hardware_flops=59_123_000_000_000)
+    lines = render(summary).splitlines()
+    assert "compute    44.8 TFLOP forward and backward of a step, 59.1 TFLOP with recomputation, counted" in lines
+    assert not any(line.startswith("rate") for line in lines)
+    summary.update(tflops_per_second=387.04, model_flop_utilization=None, hardware_flop_utilization=None)
+    assert "rate       387 TFLOP/s measured" in render(summary).splitlines()
+    summary.update(model_flop_utilization=0.3914, hardware_flop_utilization=0.5166)
+    line = "rate       387 TFLOP/s measured, 39.1% of what the device can (MFU), 51.7% with recomputation (HFU)"
+    assert line in render(summary).splitlines()
+    summary.update(hardware_flops=None, hardware_flop_utilization=None)
+    lines = render(summary).splitlines()
+    assert "compute    44.8 TFLOP forward and backward of a step, counted" in lines
+    assert "rate       387 TFLOP/s measured, 39.1% of what the device can (MFU)" in lines

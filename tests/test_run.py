@@ -281,6 +281,50 @@ def test_a_trainer_is_fitted(shell, plain, arguments):
     assert "caught by transformers' Trainer" in summary["notes"][0]
 
 
+CHAT = """
+import torch, transformers
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+transformers.logging.set_verbosity_error()
+torch.manual_seed(0)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    vocab_size=512, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, attn_implementation="eager",
+))
+model = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM"))
+model.gradient_checkpointing_enable()  # as DeepSpeed-Chat's `--gradient_checkpointing`
+model.enable_input_require_grads()
+model.train()
+ids = torch.randint(0, 512, (4, 64))
+model.gradient_checkpointing_disable()
+with FlopCounterMode(display=False) as counter:
+    model(input_ids=ids, labels=ids).loss.backward()
+print(counter.get_total_flops())
+model.gradient_checkpointing_enable()
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+for _ in range(5):
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--budget", "min"]], ids=["switch", "budget"])
+def test_flops_are_those_of_one_device(shell, options):
+    """Training as DeepSpeed-Chat's first step: LoRA, a large head; the report's count is the exact one."""
+    pytest.importorskip("peft")
+    shell.write("train.py", CHAT)
+    done = shell.run(*options, "--report", "report.json", "--", "train.py")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((shell.folder / "report.json").read_text())
+    assert summary["model_flops"] == int(done.stdout.splitlines()[-1])
+    assert summary["tflops_per_second"] > 0
+    assert "\ncompute " in done.stderr
+    assert "\nrate " in done.stderr
+    assert summary["hardware_flops"] > summary["model_flops"]  # without a budget the script's own switch decides
+
+
 def test_a_trainer_with_a_callback_of_its_own_keeps_it(shell):
     script = TRAINER.replace(
         "train_dataset=rows)", "train_dataset=rows, callbacks=[MemfitCallback(policy='selective')])"

@@ -16,13 +16,15 @@ class StepClock:
         self._began: float | None = None
         self._seconds: list[float] = []
 
-    def tick(self) -> None:
-        """A step begins."""
+    def tick(self) -> float | None:
+        """A step begins: the seconds of the one that is over, if that counts."""
         now = time.perf_counter()
-        if self._began is not None:
-            self._seconds.append(now - self._began)
-            del self._seconds[:-KEPT]
-        self._began = now
+        began, self._began = self._began, now
+        if began is None:
+            return None
+        self._seconds.append(now - began)
+        del self._seconds[:-KEPT]
+        return now - began
 
     def skip(self) -> None:
         """The step that has begun does not count: it is profiled."""

@@ -26,7 +26,7 @@ from memfit.exhaustion import Exhaustion, ExhaustionHook
 from memfit.fingerprints import fingerprint
 from memfit.fitted import unfitted_on_error
 from memfit.heads import ChunkedLoss
-from memfit.hooks import ModelHook, OptimizerHook
+from memfit.hooks import CountHook, ModelHook, OptimizerHook
 from memfit.keeper import Keeper
 from memfit.limits import Limits
 from memfit.memory import Meter, meter
@@ -45,6 +45,7 @@ from memfit.sharding import class_name
 from memfit.slack import Slack
 from memfit.summaries import block_rows, describe, notes_of, unplanned_row
 from memfit.training import TrainingState
+from memfit.utilization import Utilization
 
 
 class Handle:
@@ -89,6 +90,7 @@ class Handle:
         self.runtime.blocks += compiled
         self.runtime.keeper = Keeper(self._meter)
         self._planned = Planned(self.runtime.keeper, request.plan)
+        self._work = Utilization(self.runtime, device, counts=not compiled)
         self._occasions = Occasions()
         self.runtime.choose = self._choose
         self.runtime.whole = budget == "min" or request.is_full
@@ -114,6 +116,8 @@ class Handle:
             register_optimizer_step_post_hook(OptimizerHook(self, before=False)),
             model.register_forward_pre_hook(ModelHook(self, before=True)),
             model.register_forward_hook(ModelHook(self, before=False), always_call=True),
+            model.register_forward_pre_hook(CountHook(self, before=True), with_kwargs=True),
+            model.register_forward_hook(CountHook(self, before=False), with_kwargs=True, always_call=True),
             model.register_forward_hook(ExhaustionHook(self.exhaustion), always_call=True),
         ]
         self._chunked_loss = ChunkedLoss(model, chunked_loss)  # its hooks run after ours, which may have it begin
@@ -157,6 +161,7 @@ class Handle:
         self._meter.show_what_lives(False)
         self.runtime.keeper.relax()
         self.runtime.remove()
+        self._work.remove()
         for hook in self._hooks:
             hook.remove()
         self._modes.restore()
@@ -194,7 +199,7 @@ class Handle:
         with unfitted_on_error(self):
             self._planning.settle()
         self._planned.begin()
-        self._clock.tick()
+        self._work.step_ended(self._clock.tick())
         if not self._planned and not self._measures_only:
             self._profile_step()
         else:
@@ -285,6 +290,8 @@ class Handle:
             return
         self._steps += 1
         self._training.stepped(optimizer)
+        if self._measures_only:
+            self._work.step_ended(self._clock.tick())  # nothing is hooked that would see the next step begin
         if self._profiler is not None:
             self._profiler.optimizer_stepped(self._training.state_bytes())
         elif self._peak_open:
@@ -300,6 +307,13 @@ class Handle:
             self.runtime.begin_if_new()
         else:
             self._modes.leave()  # a KeyboardInterrupt ended the last forward
+
+    def count_event(self, module: torch.nn.Module, args: Any, kwargs: Any, *, before: bool, failed: bool) -> None:
+        """The same, with what the forward is given."""
+        if not before:
+            self._work.forward_ends(failed=failed)
+        elif torch.is_grad_enabled() and module.training:
+            self._work.forward_begins(args, kwargs)
 
     # Reporting
 
@@ -345,6 +359,7 @@ class Handle:
             "saved_bytes": saved if self._last_calls else None,
             "recomputed_bytes": recomputed if self._last_calls else None,
             "context_bytes": self._meter.outside() if self._device.type == "cuda" else None,
+            **self._work.summary(self._last_calls, self.runtime.states),
             "steps": self._steps,
             "notes": notes_of(self.runtime, [*own, *stories], self._steps),
             "blocks": blocks,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from memfit import flops
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
@@ -36,6 +39,9 @@ class Stepper(Protocol):
 
     def forward_event(self, module: torch.nn.Module, *, before: bool) -> None:
         """The model's forward begins, or is over."""
+
+    def count_event(self, module: torch.nn.Module, args: Any, kwargs: Any, *, before: bool, failed: bool) -> None:
+        """The same, with what the forward is given."""
 
 
 class BackwardHook:
@@ -79,7 +85,9 @@ class PreHook:
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and self.runtime is not None and self.block is not None:
+            flops.suspend()
             self.runtime.before(self.block, module, args, kwargs)
+            flops.enter(self.block.name)
 
     def __deepcopy__(self, memo: Any) -> PreHook:
         return PreHook(None, None)
@@ -97,7 +105,9 @@ class PostHook:
 
     def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling() and self.runtime is not None and self.block is not None:
+            flops.suspend()
             self.runtime.after(self.block, output)
+            flops.leave(self.block.name)
 
     def __deepcopy__(self, memo: Any) -> PostHook:
         return PostHook(None, None)
@@ -140,6 +150,20 @@ class OptimizerHook(_Hook):
         handle = self.handle()
         if handle is not None:
             handle.optimizer_event(optimizer, before=self._before)
+
+
+class CountHook(_Hook):
+    """Around each forward of the model, with its arguments."""
+
+    __slots__ = ()
+
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        handle = self.handle()
+        if handle is not None:
+            failed = output is None and sys.exc_info()[0] is not None
+            handle.count_event(module, args, kwargs, before=self._before, failed=failed)
 
 
 class ModelHook(_Hook):

@@ -23,7 +23,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memfit import ops
+from memfit import flops, ops
 from memfit.bits import same_bits
 from memfit.checkpoints import is_inside
 from memfit.costs import start_events
@@ -40,6 +40,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Write down the ops of one forward. Enter it, run the forward, leave it, then `finish`."""
 
     make_storages = Storages
+    shows_flops = True
 
     def __init__(self, leaves: list[tuple[Leaf, torch.Tensor]], owner: FrameType | None = None) -> None:
         """Start a recording.
@@ -188,6 +189,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
 
         started = time.perf_counter()
+        if (counter := flops.current()) is not None:
+            counter.see(func, args, kwargs, out)
         self._tape.note(func, tape_args, tape_kwargs, out)
         if not allowed:
             written += [

@@ -136,12 +136,17 @@ def format_seconds(seconds: float) -> str:
 
 def format_rate(per_second: float, unit: str) -> str:
     """Three significant digits with a power of ten: ``165 TFLOP/s``, ``51.2 GB/s``."""
-    size = per_second
+    return f"{format_count(per_second, unit)}/s"
+
+
+def format_count(number: float, unit: str) -> str:
+    """Three significant digits with a power of ten: ``44.8 TFLOP``."""
+    size = number
     for prefix in ("", "k", "M", "G", "T", "P"):
         if size < 999.5 or prefix == "P":
             break
         size /= 1000
-    return f"{_three_digits(size)} {prefix}{unit}/s"
+    return f"{_three_digits(size)} {prefix}{unit}"
 
 
 def _three_digits(size: float) -> str:

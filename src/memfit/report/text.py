@@ -8,6 +8,7 @@ unknown:
 - ``static_bytes``, ``working_bytes``: parts of the predicted peak; what remains is saved by blocks
 - ``context_bytes``: the CUDA context, which no budget covers
 - ``step_seconds``, ``recompute_seconds``, ``saved_bytes``, ``recomputed_bytes``, ``steps``
+- ``model_flops``, ``hardware_flops``, ``tflops_per_second``, ``model_flop_utilization``, ``hardware_flop_utilization``
 - ``model``, ``device``, and ``notes``, a list of sentences
 - ``blocks``: one entry per block call with ``name``, ``mode``, ``reason``, ``parent``, ``saved_bytes``,
   ``recomputed_bytes``
@@ -22,7 +23,7 @@ from typing import Any
 
 from memfit.plans import Plan
 from memfit.report.blocks import BlockRow, fold
-from memfit.units import format_bytes, format_seconds
+from memfit.units import format_bytes, format_count, format_rate, format_seconds
 
 _UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 
@@ -34,6 +35,7 @@ def render(summary: Mapping[str, Any]) -> str:
         *_plain_line(summary),
         *_step_line(summary),
         *_plan_line(summary),
+        *_compute_lines(summary),
     ]
     if summary.get("context_bytes"):
         lines.append(_line("context", format_bytes(summary["context_bytes"]), "CUDA context, outside the budget"))
@@ -144,6 +146,22 @@ def _plan_line(summary: Mapping[str, Any]) -> list[str]:
     share = round(100 * saved / (saved + recomputed))
     total = format_bytes(saved + recomputed)
     return [f"plan       save {share}%, recompute {100 - share}% of the {total} saved in blocks, predicted"]
+
+
+def _compute_lines(summary: Mapping[str, Any]) -> list[str]:
+    model, hardware, rate = (summary.get(f"{key}") for key in ("model_flops", "hardware_flops", "tflops_per_second"))
+    if model is None:
+        return []
+    again = "" if hardware is None else f", {format_count(hardware, 'FLOP')} with recomputation"
+    lines = [_line("compute", format_count(model, "FLOP"), f"forward and backward of a step{again}, counted")]
+    if rate is not None:
+        words = "measured"
+        shares = summary.get("model_flop_utilization"), summary.get("hardware_flop_utilization")
+        if shares[0] is not None:
+            also = "" if shares[1] is None else f", {100 * shares[1]:.1f}% with recomputation (HFU)"
+            words += f", {100 * shares[0]:.1f}% of what the device can (MFU){also}"
+        lines.append(_line("rate", format_rate(rate * 1e12, "FLOP"), words))
+    return lines
 
 
 def _table(rows: Sequence[BlockRow]) -> list[str]:

@@ -1,0 +1,215 @@
+"""FLOPs of a forward and of the backward that it asks for, counted while the forward runs.
+
+A multiplication and an addition are two; what is counted, and how, is what torch's flop counter counts. The backward of
+an op follows from the op: a matrix product has one more for each operand that needs a gradient. So nothing has to be
+watched while the backward runs, and what a plan recomputes there is not part of the count.
+
+NOTE [Counting beside blocks]: a fitted block steps aside where a dispatch mode is active, and a recorder runs every op
+twice. So the counter is taken off the stack of modes around the hooks of a block, and while a recorder is on it: then
+the recorder shows it each op once.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import flop_registry
+
+from memfit.programs import Program, ProgramOp, Ref
+
+_aten = torch.ops.aten
+_OPERANDS = {_aten.mm: (0, 1), _aten.addmm: (1, 2), _aten.bmm: (0, 1), _aten.baddbmm: (1, 2)}
+"""Of products of two matrices: which arguments are multiplied."""
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention: _aten._scaled_dot_product_flash_attention_backward,
+    _aten._scaled_dot_product_efficient_attention: _aten._scaled_dot_product_efficient_attention_backward,
+    _aten._scaled_dot_product_cudnn_attention: _aten._scaled_dot_product_cudnn_attention_backward,
+    # CPU's kernel has no formula of its own in torch.
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention_backward,
+}
+_CONVOLUTION = _aten.convolution
+_local = threading.local()
+
+
+@dataclass(slots=True)
+class Count:
+    """What one forward of a model showed.
+
+    Attributes:
+        forward, backward: FLOPs by the dtype of the operands.
+        by_place: FLOPs of the forward by block, under its name; under "" what lies outside the blocks.
+        exact: Whether all of it could be counted.
+    """
+
+    forward: dict[torch.dtype, float] = field(default_factory=dict)
+    backward: dict[torch.dtype, float] = field(default_factory=dict)
+    by_place: dict[str, float] = field(default_factory=dict)
+    exact: bool = True
+
+    @property
+    def flops(self) -> float:
+        """Of forward and backward."""
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+
+class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what one forward does. On the stack of modes from `begin` to `end`, but around blocks' hooks.
+
+    Attributes:
+        count: What was seen so far.
+        place: Name of the block whose forward runs, or "".
+        stopped: Whether the forward is over.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = Count()
+        self.place = ""
+        self.stopped = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.see(func, args, kwargs, out)
+        return out
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """An op has run."""
+        packet = func._overloadpacket
+        formula = flop_registry.get(packet)
+        if formula is None and packet in _ATTENTION:
+            formula = flop_registry[_aten._scaled_dot_product_flash_attention]
+        if formula is None or self.stopped:
+            return
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if any(hasattr(tensor, "placements") for tensor in tensors):
+            self.count.exact = False  # a DTensor: its shape is that of all ranks together
+            return
+        flops = float(formula(*args, **kwargs, out_val=out))
+        dtype = tensors[-1].dtype
+        _add(self.count.forward, dtype, flops)
+        _add(self.count.by_place, self.place, flops)
+        if torch.is_grad_enabled():
+            _add(self.count.backward, dtype, self._backward(packet, args, out, flops))
+
+    def _backward(self, packet: Any, args: tuple[Any, ...], out: Any, flops: float) -> float:
+        """FLOPs of the gradients that an op's arguments ask for."""
+        if packet in _OPERANDS:
+            return flops * sum(bool(args[place].requires_grad) for place in _OPERANDS[packet])
+        needed = [isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args[:3]]
+        if not any(needed):
+            return 0.0
+        if packet in _ATTENTION:
+            return float(flop_registry[_ATTENTION[packet]](args[0], *args[:3]))
+        if packet is _CONVOLUTION:
+            x, weight, bias, *rest = args
+            mask = [needed[0], needed[1], False]
+            return float(
+                flop_registry[_aten.convolution_backward](
+                    out, x, weight, bias, *rest, mask, out_val=(x if mask[0] else None, weight if mask[1] else None)
+                )
+            )
+        self.count.exact = False
+        return 0.0
+
+
+def _add(counts: dict[Any, float], key: Any, flops: float) -> None:
+    counts[key] = counts.get(key, 0.0) + flops
+
+
+# While a forward is counted
+
+
+def current() -> FlopCounter | None:
+    """The counter of the forward that runs in this thread."""
+    counter: FlopCounter | None = getattr(_local, "counter", None)
+    return counter
+
+
+def begin() -> None:
+    """A forward begins, and is counted."""
+    end()  # of one that a KeyboardInterrupt ended
+    counter = _local.counter = FlopCounter()
+    counter.__enter__()  # type: ignore[no-untyped-call]
+
+
+def end() -> Count | None:
+    """The forward is over: what it showed, or ``None`` if none was counted."""
+    counter = current()
+    if counter is None:
+        return None
+    suspend()
+    _local.counter = None
+    if counter in _get_current_dispatch_mode_stack():  # under a mode that somebody entered and did not leave
+        counter.count.exact = False
+        counter.stopped = True
+    return counter.count
+
+
+def suspend() -> None:
+    """Take the counter off the stack of modes, if it is on top. See NOTE [Counting beside blocks]."""
+    counter = current()
+    if counter is not None and _top() is counter:
+        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+def enter(block: str) -> None:
+    """The hook before a block's forward is over: what comes is the block's."""
+    counter = current()
+    if counter is not None:
+        counter.place = counter.place or block
+        _resume(counter)
+
+
+def leave(block: str) -> None:
+    """The hook after a block's forward is over."""
+    counter = current()
+    if counter is not None:
+        counter.place = "" if counter.place == block else counter.place
+        _resume(counter)
+
+
+def _resume(counter: FlopCounter) -> None:
+    if not getattr(_top(), "shows_flops", False) and counter not in _get_current_dispatch_mode_stack():
+        counter.__enter__()  # type: ignore[no-untyped-call]
+
+
+def _top() -> Any:
+    stack = _get_current_dispatch_mode_stack()
+    return stack[-1] if stack else None
+
+
+# What recipes run again
+
+
+def program_flops(program: Program) -> list[float]:
+    """FLOPs of each op of a recorded program."""
+    return [_op_flops(program, op) for op in program.ops]
+
+
+def _op_flops(program: Program, op: ProgramOp) -> float:
+    packet = op.func._overloadpacket
+    formula = flop_registry.get(packet)
+    if formula is None and packet in _ATTENTION:
+        formula = flop_registry[_aten._scaled_dot_product_flash_attention]
+    if formula is None:
+        return 0.0
+    made = torch.Size(program.nodes[op.outputs[0][1]].value.size)
+    return float(formula(*_shapes(op.args), **_shapes(op.kwargs), out_val=made))
+
+
+def _shapes(template: Any) -> Any:
+    """An argument template with sizes in the place of tensors, as flop formulas take them."""
+    if isinstance(template, Ref):
+        return torch.Size(template.value.size)
+    if isinstance(template, (tuple, list)):
+        return [_shapes(item) for item in template]
+    if isinstance(template, dict):
+        return {key: _shapes(item) for key, item in template.items()}
+    return template
