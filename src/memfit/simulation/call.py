@@ -77,3 +77,10 @@ class Call:
     made: dict[int, StorageWeakRef] = field(default_factory=dict)
     alive: set[int] = field(default_factory=set)
     input_alive: bool = False
+
+
+def saved_by(node: Any, call: Call) -> set[int]:
+    """Which of a call's saved tensors a custom autograd Function saved."""
+    raw = getattr(node, "_raw_saved_tensors", ()) or ()
+    parked = [getattr(saved, "data", None) for saved in raw]
+    return {each.index for each in parked if isinstance(each, Parked) and each.call is call}

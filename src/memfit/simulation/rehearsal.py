@@ -22,7 +22,7 @@ from memfit.profiler import Now, Reading, step_profile
 from memfit.profiles import ProgramProfile
 from memfit.programs import Leaf
 from memfit.signature import parameter_slots, read_arguments, tensors_in
-from memfit.simulation.call import Call, Parked
+from memfit.simulation.call import Call, Parked, saved_by
 from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
 from memfit.simulation.exchanges import with_exchanges, without_gradients
 from memfit.simulation.ledger import Ledger
@@ -185,7 +185,7 @@ class Rehearsal:
             call.hooks.__exit__(None, None, None)
             call.hooks = None
         if recorder is not None and outputs:
-            custom = {i for node in graph.custom_nodes(outputs, call.tensors) for i in _saved_by(node, call)}
+            custom = {i for node in graph.custom_nodes(outputs, call.tensors) for i in saved_by(node, call)}
             with _disable_current_modes():  # numbers that autograd holds are no fake tensors
                 nodes = graph.fingerprint(outputs, call.tensors)
             call.program = recorder.finish(outputs, nodes, custom)
@@ -393,10 +393,3 @@ class Rehearsal:
             gradients=gradients,
             forward_seconds=forward_seconds,
         )
-
-
-def _saved_by(node: Any, call: Call) -> set[int]:
-    """Which of a call's saved tensors a custom autograd Function saved."""
-    raw = getattr(node, "_raw_saved_tensors", ()) or ()
-    parked = [getattr(saved, "data", None) for saved in raw]
-    return {each.index for each in parked if isinstance(each, Parked) and each.call is call}
