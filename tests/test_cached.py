@@ -83,8 +83,8 @@ def measured(plan, rows):
     return min(peaks)
 
 
-@pytest.mark.parametrize("policy", ["plain", "full"])
-@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
+@pytest.mark.parametrize(("rows", "policy"), [(2, "full"), (8, "plain"), (8, "full")])
 def test_the_peak_is_that_of_a_real_step(rows, policy):
     """Counted in live tensors; never over what is promised."""
     forecast = Forecast(config(), **EMBEDDER, precision="fp32", cache_rows=rows)
