@@ -146,12 +146,11 @@ class Forecast:
                 )
             prepare = _job_for(_configuration(model), task, batch_size, length, options)
         process = host.resident_bytes() if self._entry.backend == "cpu" else 0
-        with fake_tensors():
+        with fake_tensors() as self._mode:
             job = prepare()
-            self._prepare = prepare
+            self._job = job if compares and cache_rows is None and job.contrast is not None else None
             self._sizes = cached.sizes_of(job)
             self._cached: dict[int, Pricing] = {}
-            self._compares = compares and cache_rows is None
             own_checkpointing = uncheckpointed(job.model)
             self._name, self._fingerprint = class_name(job.model), fingerprint(job.model)
             self._pricing = Pricing(
@@ -169,7 +168,12 @@ class Forecast:
                 notes=tuple(own_checkpointing),
             )
             self._spared: Pricing | None = None
-            if self._compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
+            if (
+                compares
+                and cache_rows is None
+                and not chunked_loss
+                and switched(self.profile, policy="full").peak_event == "loss"
+            ):
                 with contextlib.suppress(ModelError):
                     self._spared = replace(self._pricing, rehearsed=self._rehearse_with(job, chunked=True))
 
@@ -279,22 +283,25 @@ class Forecast:
         """What else would bring something, beside today's switches."""
         if self._spared is not None:
             yield self._with_chunked_loss(self._spared, limit)
-        if self._compares and self._sizes is not None and self._sizes.largest > 1 and plan.recomputed_bytes:
-            yield self._with_cached_gradients(self._sizes, limit)
+        if self._job is not None and self._sizes is not None and self._sizes.largest > 1 and plan.recomputed_bytes:
+            yield self._with_cached_gradients(self._job, self._sizes, limit)
 
-    def _with_cached_gradients(self, sizes: cached.Sizes, limit: int | str | None) -> Alternative:
-        """What sub-batches would bring: the largest whose step saves everything, or twice that and recomputation."""
+    def _with_cached_gradients(self, job: tasks.Job, sizes: cached.Sizes, limit: int | str | None) -> Alternative:
+        """What sub-batches would bring: the largest whose step saves everything, or twice that, where it was tried."""
         fixed = max(event.outside_bytes for event in self.profile.events if event.name == "optimizer")
         room = self._pricing.tensor_bytes(limit) if isinstance(limit, int) else fixed
         plain = switched(self.profile, policy="plain").predicted_peak_bytes
 
+        tried: set[int] = set()
+
         def peak_of(rows: int) -> int:
-            return switched(self._in_sub_batches(rows).profile, policy="plain").predicted_peak_bytes
+            tried.add(rows)
+            return switched(self._in_sub_batches(job, rows).profile, policy="plain").predicted_peak_bytes
 
         guess = sizes.rows * (room - fixed) / max(1, plain - fixed)
         rows = cached.largest_that_fits(guess, sizes.largest, peak_of, fixed, room)
-        chosen = [rows, 2 * rows] if 2 * rows < sizes.largest else [rows]
-        found = [(self._within(self._in_sub_batches(each), limit), each) for each in chosen]
+        chosen = [rows, 2 * rows] if 2 * rows in tried else [rows]
+        found = [(self._within(self._in_sub_batches(job, each), limit), each) for each in chosen]
         if isinstance(limit, int):
             best, rows = min(found, key=lambda each: (not each[0].fits, each[0].step_seconds))
         else:
@@ -305,11 +312,9 @@ class Forecast:
             step_seconds=best.step_seconds,
         )
 
-    def _in_sub_batches(self, rows: int) -> Pricing:
+    def _in_sub_batches(self, job: tasks.Job, rows: int) -> Pricing:
         if rows not in self._cached:
-            with fake_tensors():
-                job = self._prepare()
-                uncheckpointed(job.model)
+            with fake_tensors(self._mode):
                 self._cached[rows] = replace(self._pricing, rehearsed=self._rehearse_cached(job, rows))
         return self._cached[rows]
 

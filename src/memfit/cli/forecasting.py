@@ -41,6 +41,7 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     step.add_argument("--optimizer", metavar="NAME", help="`adamw` (default), `adamw_8bit`, `adafactor`, `sgd`")
     step.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
     step.add_argument("--group", type=int, default=8, metavar="N", help="passages for each query: embedder, reranker")
+    step.add_argument("--temperature", type=float, default=0.02, metavar="T", help="of an embedder's loss")
     step.add_argument(
         "--sub-batch", type=int, metavar="N", help="of an embedder: cache gradients (GradCache), N rows at a time"
     )
@@ -62,6 +63,8 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"`--{name.replace('_', '-')} {value}` is below 1.")
+    if not arguments.temperature > 0:
+        raise UsageError(f"`--temperature {arguments.temperature}` is not above 0.")
     if not 0 <= arguments.lora_dropout < 1:
         raise UsageError(f"`--lora-dropout {arguments.lora_dropout}` is no probability below 1.")
     if arguments.lora is None and (arguments.lora_targets or arguments.lora_dropout):
@@ -106,6 +109,7 @@ def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = Tr
         "lora_dropout": arguments.lora_dropout,
         "freeze": _parts(arguments.freeze),
         "group": arguments.group,
+        "temperature": arguments.temperature,
         "cache_rows": arguments.sub_batch,
         "compares": compares,
     }
