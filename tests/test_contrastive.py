@@ -151,6 +151,35 @@ def test_without_gradients_sub_batches_are_encoded_once():
     assert torch.equal(found, in_one_graph(model, tokens(4), rows=3))
 
 
+def test_inference_mode():
+    """Buffers that are made there have no versions."""
+
+    class Scaled(Encoder):
+        def forward(self, ids):
+            self.register_buffer("scale", torch.ones(WIDTH))
+            return super().forward(ids) * self.scale
+
+    model = Scaled().eval()
+    with torch.inference_mode():
+        found = cached_embeddings(model, tokens(4), rows=3)
+        assert torch.equal(found, in_one_graph(model, tokens(4), rows=3))
+
+
+def test_embeddings_may_be_written_to():
+    """They are a step's own, as an encoder's are."""
+
+    def in_place(encodes):
+        def run(*args, **options):
+            found = encodes(*args, **options)
+            for each in found:
+                each.mul_(3).add_(0.5)
+            return found
+
+        return run
+
+    assert_same_step(step(encoder(), in_place(cached_embeddings)), step(encoder(), in_place(in_one_graph)))
+
+
 # What surrounds the forward -------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ nothing of their own; and embeddings that come out differently the second time a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,7 +142,8 @@ class _Cache:
         found: list[list[list[Tensor]]] = [[] for _ in self._batches]
         for piece in self._pieces:
             piece.states = RandomStates() if again else None
-            with torch.no_grad(), self._modules.watch(self._encode, piece.batch):
+            watched = self._modules.watch(self._encode, piece.batch) if again else contextlib.nullcontext()
+            with torch.no_grad(), watched:
                 output = _call(self._encode, rows_of(self._batches[piece.batch], piece.start, piece.end))
             tensors, rest = flattened(output)
             before = self._rests[piece.batch]
@@ -154,7 +156,7 @@ class _Cache:
             if again:
                 piece.seen = [(len(tensor), meta(tensor), all_bits(tensor)) for tensor in tensors]
             found[piece.batch].append(tensors)
-        self._buffers = self._modules.buffers()
+        self._buffers = self._modules.buffers() if again else []
         every = {key: module for modules in self._modules.called for key, module in modules.items()}
         self._reducers = {key: module for key, module in every.items() if reduces_gradients(module)}
         if again and self._reduce_once and any(getattr(m, "static_graph", False) for m in self._reducers.values()):

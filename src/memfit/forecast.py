@@ -203,7 +203,7 @@ class Forecast:
                 draws=rehearsed.draws,
             )
             compares = compares and cache_rows is None and not stage.shards
-            self._sizes = cached.sizes_of(job) if compares else None
+            self._job = job if compares and job.contrast is not None else None
             self._cached: dict[int, Pricing] = {}
             self._spared: Pricing | None = None
             if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
@@ -274,22 +274,25 @@ class Forecast:
         """What else would bring something, beside today's switches."""
         if self._spared is not None:
             yield self._with_chunked_loss(self._spared, limit)
-        if self._sizes is not None and self._sizes.largest > 1 and plan.recomputed_bytes:
-            yield self._with_cached_gradients(self._sizes, limit)
+        sizes = None if self._job is None else cached.sizes_of(self._job)
+        if self._job is not None and sizes is not None and sizes.largest > 1 and plan.recomputed_bytes:
+            yield self._with_cached_gradients(self._job, sizes, limit)
 
-    def _with_cached_gradients(self, sizes: cached.Sizes, limit: int | str | None) -> Alternative:
-        """What sub-batches would bring: the largest whose step saves everything, or twice that and recomputation."""
+    def _with_cached_gradients(self, job: tasks.Job, sizes: cached.Sizes, limit: int | str | None) -> Alternative:
+        """What sub-batches would bring: the largest whose step saves everything, or twice that, where it was tried."""
         fixed = max(event.outside_bytes for event in self.profile.events if event.name == "optimizer")
         room = self._pricing.tensor_bytes(limit) if isinstance(limit, int) else fixed
         plain = switched(self.profile, policy="plain").predicted_peak_bytes
+        tried: set[int] = set()
 
         def peak_of(rows: int) -> int:
-            return switched(self._in_sub_batches(rows).profile, policy="plain").predicted_peak_bytes
+            tried.add(rows)
+            return switched(self._in_sub_batches(job, rows).profile, policy="plain").predicted_peak_bytes
 
         guess = sizes.rows * (room - fixed) / max(1, plain - fixed)
         rows = cached.largest_that_fits(guess, sizes.largest, peak_of, fixed, room)
-        chosen = [rows, 2 * rows] if 2 * rows < sizes.largest else [rows]
-        found = [(self._within(self._in_sub_batches(each), limit), each) for each in chosen]
+        chosen = [rows, 2 * rows] if 2 * rows in tried else [rows]
+        found = [(self._within(self._in_sub_batches(job, each), limit), each) for each in chosen]
         if isinstance(limit, int):
             best, rows = min(found, key=lambda each: (not each[0].fits, each[0].step_seconds))
         else:
@@ -300,11 +303,10 @@ class Forecast:
             step_seconds=best.step_seconds,
         )
 
-    def _in_sub_batches(self, rows: int) -> Pricing:
+    def _in_sub_batches(self, job: tasks.Job, rows: int) -> Pricing:
         if rows not in self._cached:
             with self._stage.set():
-                rehearsed = self._stage.in_sub_batches(self._stage.job(), rows)
-                self._cached[rows] = replace(self._pricing, rehearsed=rehearsed)
+                self._cached[rows] = replace(self._pricing, rehearsed=self._stage.in_sub_batches(job, rows))
         return self._cached[rows]
 
     def _with_chunked_loss(self, spared: Pricing, limit: int | str | None) -> Alternative:

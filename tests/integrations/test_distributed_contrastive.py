@@ -31,11 +31,11 @@ class Encoder(nn.Module):
         self.embed = nn.Embedding(CLASSES, 32)
         self.blocks = nn.ModuleList(Block(dropout=dropout) for _ in range(3))
         self.other = nn.Linear(32, 32)
-        self.register_buffer("scale", torch.ones(32))
+        self.register_buffer("shift", torch.ones(32))
         self.uses_other = True
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids) * self.scale
+        x = self.embed(ids) + self.shift
         for block in self.blocks:
             x = block(x)
         x = x.mean(1)

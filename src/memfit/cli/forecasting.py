@@ -56,6 +56,7 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True, several: bo
     step.add_argument("--optimizer", metavar="NAME", help="`adamw` (default), `adamw_8bit`, `adafactor`, `sgd`")
     step.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of an optimizer step")
     step.add_argument("--group", type=int, default=8, metavar="N", help="passages for each query: embedder, reranker")
+    step.add_argument("--temperature", type=float, default=0.02, metavar="T", help="of an embedder's loss")
     if not several:
         step.add_argument(
             "--sub-batch", type=int, metavar="N", help="of an embedder: cache gradients (GradCache), N rows at a time"
@@ -95,6 +96,8 @@ def check(arguments: argparse.Namespace) -> None:
         for value in given if isinstance(given, tuple) else () if given is None else (given,):
             if value < 1:
                 raise UsageError(f"`--{name.replace('_', '-')} {value}` is below 1.")
+    if not arguments.temperature > 0:
+        raise UsageError(f"`--temperature {arguments.temperature}` is not above 0.")
     if not 0 <= arguments.lora_dropout < 1:
         raise UsageError(f"`--lora-dropout {arguments.lora_dropout}` is no probability below 1.")
     if arguments.lora is None and (arguments.lora_targets or arguments.lora_dropout):
@@ -150,6 +153,7 @@ def step_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "freeze": _parts(arguments.freeze),
         "quantize": arguments.quantize,
         "group": arguments.group,
+        "temperature": arguments.temperature,
     }
 
 

@@ -61,20 +61,21 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Where tensors are fake and Hugging Face's models do what they do with real ones.
+def fake_tensors(mode: FakeTensorMode | None = None) -> Iterator[FakeTensorMode]:
+    """Where tensors are fake and Hugging Face's models do what they do with real ones; again, with its ``mode``.
 
     They look for fake tensors, and then prepare for being compiled: with masks that an eager step does not make. And
     they look at position ids to see whether sequences are packed, which those made here are not.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
+    with mode, contextlib.ExitStack() as stack:
         if "transformers" in sys.modules:
             from transformers import masking_utils
             from transformers.utils import import_utils
 
             stack.enter_context(_replaced(import_utils, "is_fake_tensor", lambda tensor: False))
             stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
-        yield
+        yield mode
 
 
 @contextlib.contextmanager

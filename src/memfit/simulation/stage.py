@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memfit.blocks import find_blocks, replayable_children
 from memfit.errors import MemfitError, ModelError
@@ -60,11 +61,12 @@ class Stage:
         self._precision = precision
         self._accumulates = accumulates
         self._sharded: list[torch.nn.Module] = []
+        self._mode: FakeTensorMode | None = None
 
     @contextlib.contextmanager
     def set(self) -> Iterator[None]:
-        """Jobs are made and rehearsed inside."""
-        with process_group(self._parallelism), fake_tensors():
+        """Jobs are made and rehearsed inside; those of one stage belong together."""
+        with process_group(self._parallelism), fake_tensors(self._mode) as self._mode:
             yield
 
     @property

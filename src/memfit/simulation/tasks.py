@@ -131,6 +131,8 @@ def build(
         raise UsageError(f"There is no dtype `{precision}`. Known are {', '.join(f'`{p}`' for p in PRECISIONS)}.")
     for name, value in (("batch", batch_size), ("seq", length), ("group", group)):
         check_positive(name, value)
+    if not temperature > 0:
+        raise UsageError(f"`temperature={temperature}` is not above 0.")
     config = copy.deepcopy(config)
     positions = positions_of(config)
     if positions is not None and length > positions and task != "image":
