@@ -8,7 +8,7 @@ from memfit.hardware import Hardware
 from memfit.plans import Plan
 from memfit.predictions import Alternative, Peak, Prediction
 from memfit.profiles import StepProfile
-from memfit.simulation.device import CUDA_WORKSPACE_BYTES, PROCESS_SPREAD_BYTES, SLACK, not_counted
+from memfit.simulation.device import CUDA_WORKSPACE_BYTES, PROCESS_SPREAD_BYTES, not_counted, slack
 from memfit.simulation.results import Rehearsed
 from memfit.solver.peak import simulate
 from memfit.solver.switches import todays
@@ -145,7 +145,7 @@ class Pricing:
 
     @property
     def _slack(self) -> tuple[float, float]:
-        return SLACK[self.entry.backend]
+        return slack(self.entry)
 
     def _recomputed_flops(self, plan: Plan) -> float:
         """What a plan computes again: its recomputation, on a device whose seconds are FLOPs."""
