@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+import memfit
 from memfit import configurations, host
 from memfit.blocks import find_blocks
 from memfit.cells import Cell, Measured
@@ -160,6 +162,40 @@ def test_a_step_that_fails_is_named(folder, capsys, monkeypatch):
     assert main(words) == 1
     captured = capsys.readouterr()
     assert "does not hold: batch 1 × 64, full, plain: The measured step ended with status 1" in captured.out
+
+
+def test_an_allocator_that_takes_no_limit_has_more_slack(folder, monkeypatch):
+    """Of a prediction for CPU; one for a GPU is the same."""
+    config = configurations.with_layers(configurations.load(folder), 2)
+    found = {}
+    for word in ("", "system"):
+        monkeypatch.setenv("MEMFIT_ALLOCATOR", word)
+        for device in ("cpu", "l4"):
+            peak = memfit.simulate(config, length=64, device=device, budget="min").peak
+            found[word, device] = (peak.expected - sum(peak.parts.values()) + peak.parts["allocator_slack"], peak.low)
+    if host.allocator() == "tcmalloc" or host.find_allocator() is not None:
+        assert found["system", "cpu"][0] > 5 * found["", "cpu"][0]
+    assert found["system", "l4"] == found["", "l4"]
+
+
+def test_the_committed_cells():
+    """Four architectures on CPU: the resident set within 8% of what is expected, tensors within 1%, one cell aside."""
+    files = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("bench-cpu-*.json"))
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    cells = [cell for each in found for cell in each["cells"]]
+    assert len({cell["model"] for cell in cells}) == 4
+    assert len(cells) >= 24
+    for cell in cells:
+        predicted, measured = cell["predicted"], cell["measured"]
+        assert measured["peak_bytes"] <= predicted["peak_bytes"]["high"]
+        assert sum(predicted["peak_bytes"]["parts"].values()) == predicted["peak_bytes"]["expected"]
+        assert predicted["peak_bytes"]["parts"]["allocator_slack"] > 0
+        assert predicted["peak_bytes"]["expected"] == pytest.approx(measured["peak_bytes"], rel=0.08)
+        assert predicted["tensor_bytes"] == pytest.approx(measured["tensor_bytes"], rel=0.012)
+    off = [
+        cell for cell in cells if abs(cell["predicted"]["tensor_bytes"] / cell["measured"]["tensor_bytes"] - 1) > 0.01
+    ]
+    assert len(off) <= 1
 
 
 @pytest.mark.slow

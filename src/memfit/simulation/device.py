@@ -22,6 +22,15 @@ PROCESS_SPREAD_BYTES = 32 * 2**20
 SLACK = {"cuda": (0.02, 0.06), "cpu": (0.03, 0.08), "mps": (0.05, 0.15)}
 """What an allocator holds beside tensors, as a part of them: expected, and at most."""
 
+UNHELD_SLACK = (0.18, 0.4)
+"""On CPU where no tcmalloc can be had, whose limit holds a budget: glibc keeps what is freed."""
+
+
+def slack(entry: Hardware) -> tuple[float, float]:
+    """What the allocator of a device holds beside tensors, as a part of them: expected, and at most."""
+    held = host.allocator() == "tcmalloc" or (host.may_preload() and host.find_allocator() is not None)
+    return UNHELD_SLACK if entry.backend == "cpu" and not held else SLACK[entry.backend]
+
 
 def limit_of(budget: int | float | str | None, entry: Hardware) -> int | str:
     """Bytes that a peak is to fit into, or ``min``; by default what the device has."""

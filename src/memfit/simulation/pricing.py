@@ -9,7 +9,7 @@ from memfit.hardware import Hardware
 from memfit.plans import Plan
 from memfit.predictions import Alternative, Peak, Prediction
 from memfit.profiles import StepProfile
-from memfit.simulation.device import CUDA_WORKSPACE_BYTES, PROCESS_SPREAD_BYTES, SLACK, not_counted
+from memfit.simulation.device import CUDA_WORKSPACE_BYTES, PROCESS_SPREAD_BYTES, not_counted, slack
 from memfit.simulation.results import Rehearsed
 from memfit.solver.hidden_states import IN_FLIGHT, offload_plan
 from memfit.solver.peak import simulate
@@ -177,7 +177,7 @@ class Pricing:
 
     @property
     def _slack(self) -> tuple[float, float]:
-        return SLACK[self.entry.backend]
+        return slack(self.entry)
 
     def _recomputed_flops(self, plan: Plan) -> float:
         """What is computed again, and a plan's recomputation as on a device whose seconds are FLOPs."""
