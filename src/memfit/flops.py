@@ -12,6 +12,7 @@ the recorder shows it each op once.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry
 
-from memfit.programs import Program, ProgramOp, Ref
+from memfit.programs import Program, Ref
 
 _aten = torch.ops.aten
 _OPERANDS = {_aten.mm: (0, 1), _aten.addmm: (1, 2), _aten.bmm: (0, 1), _aten.baddbmm: (1, 2)}
@@ -28,9 +29,13 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention: _aten._scaled_dot_product_flash_attention_backward,
     _aten._scaled_dot_product_efficient_attention: _aten._scaled_dot_product_efficient_attention_backward,
     _aten._scaled_dot_product_cudnn_attention: _aten._scaled_dot_product_cudnn_attention_backward,
-    # CPU's kernel has no formula of its own in torch.
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention_backward,
 }
+_ALIKE = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+}
+"""CPU's kernels have no formulas of their own in torch."""
 _CONVOLUTION = _aten.convolution
 _local = threading.local()
 
@@ -54,6 +59,36 @@ class Count:
     def flops(self) -> float:
         """Of forward and backward."""
         return sum(self.forward.values()) + sum(self.backward.values())
+
+
+def formula_of(packet: Any) -> Any:
+    """Torch's formula for an op; ``None`` where it has none."""
+    return flop_registry.get(_ALIKE.get(packet, packet))
+
+
+def op_flops(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> float:
+    """FLOPs of an op, a multiplication and an addition being two; 0 where there is no formula.
+
+    Args:
+        packet: The op.
+        args, kwargs, out: Of its call: tensors, or their sizes.
+    """
+    formula = formula_of(packet)
+    if formula is None:
+        return 0.0
+    shaped = _as_many_heads(args) if "scaled_dot_product" in str(packet) else args
+    return float(formula(*shaped, **kwargs, out_val=out))
+
+
+def _as_many_heads(args: Sequence[Any]) -> list[Any]:
+    """Shapes of attention with a head of keys and values for each of its queries: not every formula knows groups."""
+    shapes = [arg.shape if isinstance(arg, torch.Tensor) else arg for arg in args]
+    found = [i for i, shape in enumerate(shapes) if isinstance(shape, torch.Size) and len(shape) == 4]
+    heads = max((shapes[i][1] for i in found), default=0)
+    for i in found:
+        batch, own, *rest = shapes[i]
+        shapes[i] = torch.Size((batch, own if own == 1 else heads, *rest))
+    return shapes
 
 
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -82,16 +117,17 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An op has run."""
         packet = func._overloadpacket
-        formula = flop_registry.get(packet)
-        if formula is None and packet in _ATTENTION:
-            formula = flop_registry[_aten._scaled_dot_product_flash_attention]
-        if formula is None or self.stopped:
+        if self.stopped or formula_of(packet) is None:
             return
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if any(hasattr(tensor, "placements") for tensor in tensors):
             self.count.exact = False  # a DTensor: its shape is that of all ranks together
             return
-        flops = float(formula(*args, **kwargs, out_val=out))
+        try:
+            flops = op_flops(packet, args, kwargs, out)
+        except Exception:  # a formula that does not know this case is no reason to stop a training step
+            self.count.exact = False
+            return
         dtype = tensors[-1].dtype
         _add(self.count.forward, dtype, flops)
         _add(self.count.by_place, self.place, flops)
@@ -106,7 +142,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not any(needed):
             return 0.0
         if packet in _ATTENTION:
-            return float(flop_registry[_ATTENTION[packet]](args[0], *args[:3]))
+            return op_flops(_ATTENTION[packet], (args[0], *args[:3]), {}, None)
         if packet is _CONVOLUTION:
             x, weight, bias, *rest = args
             mask = [needed[0], needed[1], False]
@@ -190,18 +226,11 @@ def _top() -> Any:
 
 def program_flops(program: Program) -> list[float]:
     """FLOPs of each op of a recorded program."""
-    return [_op_flops(program, op) for op in program.ops]
-
-
-def _op_flops(program: Program, op: ProgramOp) -> float:
-    packet = op.func._overloadpacket
-    formula = flop_registry.get(packet)
-    if formula is None and packet in _ATTENTION:
-        formula = flop_registry[_aten._scaled_dot_product_flash_attention]
-    if formula is None:
-        return 0.0
-    made = torch.Size(program.nodes[op.outputs[0][1]].value.size)
-    return float(formula(*_shapes(op.args), **_shapes(op.kwargs), out_val=made))
+    made = [torch.Size(program.nodes[op.outputs[0][1]].value.size) for op in program.ops]
+    return [
+        op_flops(op.func._overloadpacket, _shapes(op.args), _shapes(op.kwargs), out)
+        for op, out in zip(program.ops, made, strict=True)
+    ]
 
 
 def _shapes(template: Any) -> Any:

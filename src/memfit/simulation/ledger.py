@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from memfit.flops import op_flops
 from memfit.sharding import local
 from memfit.signature import tensors_in
 from memfit.simulation.traffic import Traffic
@@ -108,26 +108,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False if tensor.dtype is torch.bool else 1.0 if tensor.dtype.is_floating_point else 0
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        formula = flop_registry.get(func._overloadpacket)
-        flops = 0.0
-        if formula is not None:
-            shaped = _as_many_heads(args) if "scaled_dot_product" in func._schema.name else args
-            flops = float(formula(*shaped, **kwargs, out_val=out))
+        flops = op_flops(func._overloadpacket, args, kwargs, out)
         tensors = {id(t): t for t in tensors_in((args, kwargs, out))}
         moved = sum(t.numel() * t.element_size() for t in tensors.values())
         dtype = next((t.dtype for t in tensors.values() if t.dtype.is_floating_point), torch.float32)
         self.flops += flops
         self.seconds += self._op_seconds(func._schema.name, flops, moved, dtype)
-
-
-def _as_many_heads(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of attention with a head of keys and values for each of its queries: not every formula knows groups."""
-    tensors = [i for i, each in enumerate(args) if isinstance(each, torch.Tensor) and each.dim() == 4]
-    heads = max((args[i].shape[1] for i in tensors), default=0)
-    return tuple(
-        each[:, :1].expand(-1, heads, -1, -1) if i in tensors and each.shape[1] not in (1, heads) else each
-        for i, each in enumerate(args)
-    )
 
 
 @contextlib.contextmanager
