@@ -84,7 +84,9 @@ def test_equal_blocks_are_passed_over_without_a_trace(how):
                 ledger,
             ):
                 result = rehearsal.run(
-                    {"ids": ids}, lambda m=model, i=ids: m(input_ids=i, labels=i).loss, make_optimizer("adamw", cuda=False)
+                    {"ids": ids},
+                    lambda m=model, i=ids: m(input_ids=i, labels=i).loss,
+                    make_optimizer("adamw", cuda=False),
                 )
             assert len([call for call in rehearsal._calls if call.template is not None]) == (2 if doubles else 0)
             assert not rehearsal.differs
@@ -110,7 +112,9 @@ def test_what_is_sent():
             ledger = Ledger(lambda *_: 0.0, traffic=team.traffic)
             with team.around(ledger), Rehearsal(model, find_blocks(model), ledger, team=team) as rehearsal, ledger:
                 rehearsal.run(
-                    {"ids": ids}, lambda m=model, i=ids: m(input_ids=i, labels=i).loss, make_optimizer("adamw", cuda=False)
+                    {"ids": ids},
+                    lambda m=model, i=ids: m(input_ids=i, labels=i).loss,
+                    make_optimizer("adamw", cuda=False),
                 )
         sent[name] = team.traffic.sent_bytes
     outside = 2 * 1000 * 128 + 128
