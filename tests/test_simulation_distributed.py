@@ -148,6 +148,25 @@ def test_more_devices_take_less_each():
     assert many < plain(forecast(8, fsdp="hybrid:2"))
 
 
+def test_gradients_that_are_moved_leave_the_working_set():
+    """Those of parameters, by their size; what is freed anyway, and the input's gradient, stay as they are."""
+    found = forecast(4, zero=2).profile.programs
+    sizes = [4 * 128 * 128] * 2 + [4 * 64 * 128] * 2 + [4 * 344 * 128] * 3 + [4 * 128] * 2
+    whole = forecast(4, zero=1).profile.programs
+    assert found.keys() == whole.keys()
+    for key, program in found.items():
+        events = iter(program.timeline)
+        gone = []
+        for event in whole[key].timeline:
+            mine = next(events)
+            assert mine == event
+            if event.kind == "alloc" and event.index not in {e.index for e in whole[key].timeline if e.kind == "free"}:
+                if event.size in sizes and gone.count(event.size) < sizes.count(event.size):
+                    gone.append(next(events).size)
+        assert sorted(gone) == sorted(sizes)
+        assert next(events, None) is None
+
+
 def test_mixed_precision_gathers_in_half():
     """The shards are fp32, what is gathered and reduced is not; DeepSpeed's weights are half all the time."""
     whole = forecast(4, fsdp="full").within("min").peak.parts
