@@ -36,6 +36,7 @@ STEP = {"batch_size": 2, "length": 64, "precision": "fp32", "device": "cpu"}
 
 
 def forecast(num_devices: int = 4, **options) -> Forecast:
+    options.setdefault("compares", False)
     return Forecast(CONFIG, num_devices=num_devices, **{**STEP, **options})
 
 
@@ -45,12 +46,12 @@ def plain(found: Forecast) -> int:
 
 def test_a_shard_of_everything_is_left():
     """Of weights, gradients and optimizer state each of four devices holds a quarter; one block is whole at a time."""
-    parts = forecast(fsdp="full").within("min").peak.parts
+    found = forecast(fsdp="full")
+    parts, events = found.within("min").peak.parts, found.profile.events
     batch_and_buffers = 2 * 2 * 64 * 8 + 2 * 16 * 4
     assert parts["weights"] == 4 * WHOLE // 4 + batch_and_buffers
     states = 2 * 4 * WHOLE // 4
     assert states <= parts["optimizer_state"] <= states + 4 * 64, "a step count for each parameter"
-    events = forecast(fsdp="full").profile.events
     gathered = [event for event in events if event.name.startswith("before the backward of")]
     assert [event.live_calls for event in gathered][-3:] == [(0, 1, 2), (0, 1), (0,)]
     assert [event.live_calls for event in events if event.name == "end of backward"] == [()]
@@ -139,15 +140,31 @@ def test_what_is_sent_takes_time_where_nothing_hides_it():
 
 
 def test_more_devices_take_less_each():
-    peaks = [plain(forecast(number, fsdp="full")) for number in (2, 8, 64)]
-    assert peaks == sorted(peaks, reverse=True)
-    alone = plain(forecast(1))
-    assert peaks[0] < alone < plain(forecast(8, ddp=True))
+    alone, few, many = plain(forecast(1)), plain(forecast(2, fsdp="full")), plain(forecast(8, fsdp="full"))
+    assert many < few < alone
     assert plain(forecast(8, ddp=True)) == pytest.approx(alone + 4 * WHOLE, rel=1e-4), "buckets"
-    stages = [plain(forecast(8, zero=stage)) for stage in (1, 2)]
-    assert stages[0] >= stages[1] < alone
-    assert plain(forecast(8, fsdp="full")) < plain(forecast(8, fsdp="grad"))
-    assert plain(forecast(8, fsdp="full")) < plain(forecast(8, fsdp="hybrid:2"))
+    assert plain(forecast(8, zero=2)) <= plain(forecast(8, zero=1)) < alone
+    assert many < plain(forecast(8, fsdp="grad"))
+    assert many < plain(forecast(8, fsdp="hybrid:2"))
+
+
+def test_gradients_that_are_moved_leave_the_working_set():
+    """Those of parameters, by their size; what is freed anyway, and the input's gradient, stay as they are."""
+    found = forecast(4, zero=2).profile.programs
+    sizes = [4 * 128 * 128] * 2 + [4 * 64 * 128] * 2 + [4 * 344 * 128] * 3 + [4 * 128] * 2
+    whole = forecast(4, zero=1).profile.programs
+    assert found.keys() == whole.keys()
+    for key, program in found.items():
+        events = iter(program.timeline)
+        gone = []
+        for event in whole[key].timeline:
+            mine = next(events)
+            assert mine == event
+            if event.kind == "alloc" and event.index not in {e.index for e in whole[key].timeline if e.kind == "free"}:
+                if event.size in sizes and gone.count(event.size) < sizes.count(event.size):
+                    gone.append(next(events).size)
+        assert sorted(gone) == sorted(sizes)
+        assert next(events, None) is None
 
 
 def test_mixed_precision_gathers_in_half():

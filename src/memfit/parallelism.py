@@ -63,8 +63,8 @@ def parallelism(
         ddp: DistributedDataParallel.
         fsdp: FSDP2: ``full``, ``grad`` (parameters stay gathered between forward and backward) or ``hybrid:N``
             (``full`` among N devices, copies of which are kept alike).
-        zero: DeepSpeed's ZeRO: stage 1, 2 or 3.
-        tp: Tensor parallel degree.
+        zero: DeepSpeed's ZeRO: stage 1 or 2. Stage 3 is not predicted yet.
+        tp: Tensor parallel degree. Beyond 1 it is not predicted yet.
 
     Raises:
         UsageError: Two of them at once, one for a single device, or a word or number that means nothing.

@@ -25,6 +25,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "stage 1, bf16": {"stage": 1, "dtype": torch.bfloat16},
     "stage 2, bf16": {"stage": 2, "dtype": torch.bfloat16},
     "stage 2, frozen": {"stage": 2, "frozen": True},
+    "stage 1, accumulating": {"stage": 1, "accumulate": 2},
+    "stage 2, accumulating": {"stage": 2, "accumulate": 2},
     "stage 2, short": {"stage": 2, "length": 16},
     "stage 1, short": {"stage": 1, "length": 16},
 }
@@ -52,6 +54,7 @@ def measured(name: str) -> int:
     cell, deepspeed = CELLS[name], start()
     settings = {
         "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": cell.get("accumulate", 1),
         "zero_optimization": {"stage": cell["stage"], "reduce_bucket_size": HIDDEN * HIDDEN},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "bf16": {"enabled": cell.get("dtype") is torch.bfloat16},
@@ -69,8 +72,9 @@ def measured(name: str) -> int:
         for _ in range(3):
             gc.collect()
             ledger.reset_peak()
-            engine.backward(engine(**batch).loss)
-            engine.step()
+            for _ in range(cell.get("accumulate", 1)):
+                engine.backward(engine(**batch).loss)
+                engine.step()
     engine.destroy()
     return ledger.peak
 
@@ -97,7 +101,8 @@ def real() -> dict[int, list[Any]]:
 def predicted(name: str, num_devices: int) -> int:
     cell = CELLS[name]
     model = make_model(cell).to(cell.get("dtype", torch.float32))
-    forecast = Forecast(model, make_batch(cell), num_devices=num_devices, zero=cell["stage"])
+    more = {"accumulate": cell.get("accumulate", 1)}
+    forecast = Forecast(model, make_batch(cell), num_devices=num_devices, zero=cell["stage"], **more)
     return switched(forecast.profile, policy="plain", **forecast.named).predicted_peak_bytes
 
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import memfit
 from memfit.blocks import find_blocks
 from memfit.forecast import Forecast
+from memfit.plans import Plan
 from memfit.simulation.ledger import Ledger, resizes_seen
 from memfit.solver.planner import switched
 from ranks import in_turn, run, values
@@ -134,8 +135,22 @@ def measured_fitted(held: int, wrapped: Any, optimizer: Any, step: Callable[[], 
     return min(peaks)
 
 
+def programs() -> tuple[Any, ...]:
+    """Of a live recording, and for whom its plan is."""
+    model, batch = make_model(), make_batch("llama")
+    wrapped = wrap(model, CELLS["fsdp"])
+    handle = memfit.fit(wrapped, policy="full")
+    for _ in range(3):
+        wrapped(**batch).loss.backward()
+    return identity(handle.plan)
+
+
+def identity(plan: Plan) -> tuple[Any, ...]:
+    return [(call.name, call.program) for call in plan.calls], plan.fingerprint, plan.world_size, plan.mesh
+
+
 def play(names: list[str]) -> dict[str, Any]:
-    return in_turn({name: partial(measured, name) for name in names}, names)
+    return in_turn({"programs": programs, **{name: partial(measured, name) for name in names}}, ["programs", *names])
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +175,11 @@ def test_the_peak_is_that_of_real_ranks(name, ranks, real):
     found = values([outcome[name] for outcome in values(real[ranks])])
     actual = min(found) if name.endswith("fitted") else max(found)
     assert predicted(name, ranks) == pytest.approx(actual, rel=WITHIN)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_programs_are_those_of_real_ranks(ranks, real):
+    """Key for key, with the same world and mesh: a plan made from a prediction is one for the real model."""
+    plan = Forecast(make_model(), make_batch("llama"), num_devices=ranks, fsdp="full").within("min").plan
+    for live in values([outcome["programs"] for outcome in values(real[ranks])]):
+        assert live == identity(plan)

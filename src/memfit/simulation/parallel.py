@@ -67,6 +67,10 @@ class Team:
         """Of gradients that are there now."""
         return states.gradient_bytes()
 
+    def resident_bytes(self, ended: int) -> int:
+        """Of gradients that are there from the start where they are accumulated; ``ended``: those of one backward."""
+        return ended
+
     def optimizer(self, make: MakeOptimizer, parameters: Sequence[torch.Tensor]) -> Any:
         """Of the parameters that train, once their gradients are there: it has ``step()`` and ``state``."""
         return make(parameters)

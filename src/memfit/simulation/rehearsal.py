@@ -361,17 +361,22 @@ class Rehearsal:
             known = {} if like is None else like.profile.programs
             programs = {k: p if known.get(k) is p else self._without_gradients(p) for k, p in programs.items()}
         reading.calls = [read(call, self._calls) for call in self._calls]
+        there = self._team.resident_bytes(reading.gradients_end) if resident else 0
         now = Now(
-            gradients_start=reading.gradients_end if resident else 0,
-            settled_bytes=start + born + (reading.gradients_end if resident else 0),
+            gradients_start=there,
+            settled_bytes=start + born + there,
             born_bytes=born,
             state_bytes=born,
             gradients_end=reading.gradients_end,
         )
         profile, _ = step_profile(reading, programs, now, device=torch.device("cpu"), step_seconds=step_seconds)
-        gradients = gradients_at_events(self._calls, profile, reading.gradients_end, resident=resident)
+        gradients = gradients_at_events(
+            self._calls,
+            profile,
+            max(reading.gradients_end, there) if resident else reading.gradients_end,
+            resident=resident,
+        )
         if self._together:
-            there = reading.gradients_end if resident else 0
             profile, gradients = with_exchanges(
                 profile, gradients, self._calls, state=born, resident=there, end_peak=reading.end_peak
             )

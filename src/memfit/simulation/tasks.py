@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -233,11 +234,11 @@ def _with_lora(model: torch.nn.Module, rank: int, targets: Sequence[str] | None,
     if rank < 1:
         raise UsageError(f"`lora={rank}` is no rank. Give a positive integer.")
     chosen: Any = list(targets) if targets else "all-linear"
+    adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=chosen)
     try:
-        made: torch.nn.Module = peft.get_peft_model(
-            model,
-            peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=chosen),
-        )
+        with warnings.catch_warnings():  # PEFT reads a property that transformers has renamed
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+            made: torch.nn.Module = peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise UsageError(f"LoRA found nothing to adapt: {str(error).splitlines()[0]}") from error
     return made

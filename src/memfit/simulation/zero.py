@@ -147,6 +147,11 @@ class Zero(Team):
         large = 0 if self._large is None else self._large.numel() * self._large.element_size()
         return states.gradient_bytes() + mine + large
 
+    def resident_bytes(self, ended: int) -> int:
+        """In stage 1 gradients stay whole until the last micro-batch."""
+        whole = sum(p.numel() * p.element_size() for p in self._parameters)
+        return ended if self.moves_gradients else max(ended, whole)
+
     # The step
 
     def optimizer(self, make: MakeOptimizer, parameters: Sequence[torch.Tensor]) -> Any:
