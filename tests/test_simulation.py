@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import memfit
 from memfit import configurations, hardware
@@ -26,6 +26,7 @@ from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.target import CudaKernels
 from memfit.solver.planner import switched
 
+aten = torch.ops.aten
 VOCABULARY = 1000
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 5, "num_attention_heads": 4}
 MODELS = {
@@ -358,10 +359,16 @@ def test_what_a_chunked_loss_would_bring():
 
 def test_flops_are_those_that_torch_counts():
     model, batch = make("llama"), batch_for("llama")
-    with FlopCounterMode(display=False) as counted:
+    kernels = {  # CPU's, for which torch has no formula
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *args, **kwargs: (
+            sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counted:
         loss = model(**batch).loss
     forward = counted.get_total_flops()
-    with FlopCounterMode(display=False) as counted:
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counted:
         loss.backward()
     prediction = memfit.simulate(model, batch)
     assert prediction.forward_flops == forward
@@ -375,7 +382,7 @@ def test_the_compute_factor():
     full = forecast.of(switched(forecast.profile, policy="full", **forecast.named))
     lora = Forecast(make("llama", "lora"), batch_for("llama"))
     adapters = lora.of(switched(lora.profile, policy="plain", **lora.named))
-    assert plain.compute_factor == pytest.approx(3, abs=0.05)
+    assert plain.compute_factor == pytest.approx(3, abs=0.15)  # attention's backward has five products for two
     # Not four: the head, attention's output and each block's last matmul do not run again.
     assert 3.4 < full.compute_factor < 4
     assert 1.8 < adapters.compute_factor < 2.5

@@ -9,9 +9,8 @@ import torch
 
 from memfit.errors import ModelError
 from memfit.partitioned import is_resident, partitioned_in
-from memfit.programs import LeafKind
 from memfit.sharding import Modules, is_sharded
-from memfit.signature import Signatures, Watch, parameter_slots, pointers_of, storages_of
+from memfit.signature import Signatures, Slots, Watch, parameter_slots, pointers_of, storages_of
 
 if TYPE_CHECKING:
     from memfit.entries import Entry
@@ -54,7 +53,7 @@ class Block:
     entries: dict[Any, Entry] = field(default_factory=dict)
     watch: Watch | None = None
     watched: int = -1
-    slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]] = field(default_factory=dict)
+    slots: Slots = field(default_factory=dict)
     own: dict[int, int] = field(default_factory=dict)
     signatures: Signatures = field(default_factory=Signatures)
     _pointers: list[int] = field(default_factory=list)

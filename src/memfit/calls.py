@@ -19,9 +19,10 @@ from memfit.narrowing import narrow_form, widen
 from memfit.partitioned import is_partitioned, is_resident, readable
 from memfit.plans import Policy
 from memfit.programs import Leaf
+from memfit.quantized import PLAIN_TYPES
 from memfit.replay import CompiledPolicy, generator_of
 from memfit.sharding import local, place_of
-from memfit.storages import PLAIN_TYPES, is_small
+from memfit.storages import is_small
 
 if TYPE_CHECKING:
     from memfit.blocks import Block

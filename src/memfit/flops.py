@@ -11,6 +11,7 @@ the recorder shows it each op once.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry
 
-from memfit.programs import Program, Ref
+from memfit.programs import Program, ProgramOp, Ref
 
 _aten = torch.ops.aten
 _OPERANDS = {_aten.mm: (0, 1), _aten.addmm: (1, 2), _aten.bmm: (0, 1), _aten.baddbmm: (1, 2)}
@@ -36,6 +37,8 @@ _ALIKE = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
 }
 """CPU's kernels have no formulas of their own in torch."""
+_QUANTIZED = "bitsandbytes.gemm_4bit"
+"""A product inside a custom autograd Function, whose backward is one with the gradient of its output."""
 _CONVOLUTION = _aten.convolution
 _local = threading.local()
 
@@ -62,8 +65,17 @@ class Count:
 
 
 def formula_of(packet: Any) -> Any:
-    """Torch's formula for an op; ``None`` where it has none."""
+    """The formula for an op, mostly torch's; ``None`` where there is none."""
+    if packet not in flop_registry and str(packet) == _QUANTIZED:
+        return _quantized_flops
     return flop_registry.get(_ALIKE.get(packet, packet))
+
+
+def _quantized_flops(x: Any, weight: Any, shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Of ``x`` with a weight of ``shape``, which is packed."""
+    rows, columns = shape
+    size = x.shape if isinstance(x, torch.Tensor) else x
+    return 2 * math.prod(size[:-1]) * rows * columns
 
 
 def op_flops(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> float:
@@ -128,10 +140,12 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except Exception:  # a formula that does not know this case is no reason to stop a training step
             self.count.exact = False
             return
-        dtype = tensors[-1].dtype
+        dtype = tensors[0 if str(packet) == _QUANTIZED else -1].dtype
         _add(self.count.forward, dtype, flops)
         _add(self.count.by_place, self.place, flops)
-        if torch.is_grad_enabled():
+        if str(packet) == _QUANTIZED:
+            _add(self.count.backward, dtype, flops if tensors[0].requires_grad else 0.0)
+        elif torch.is_grad_enabled():
             _add(self.count.backward, dtype, self._backward(packet, args, out, flops))
 
     def _backward(self, packet: Any, args: tuple[Any, ...], out: Any, flops: float) -> float:
@@ -226,11 +240,15 @@ def _top() -> Any:
 
 def program_flops(program: Program) -> list[float]:
     """FLOPs of each op of a recorded program."""
-    made = [torch.Size(program.nodes[op.outputs[0][1]].value.size) for op in program.ops]
-    return [
-        op_flops(op.func._overloadpacket, _shapes(op.args), _shapes(op.kwargs), out)
-        for op, out in zip(program.ops, made, strict=True)
-    ]
+    return [_flops_of(program, op) for op in program.ops]
+
+
+def _flops_of(program: Program, op: ProgramOp) -> float:
+    packet = op.func._overloadpacket
+    if formula_of(packet) is None:
+        return 0.0
+    made = torch.Size(program.nodes[op.outputs[0][1]].value.size)
+    return op_flops(packet, _shapes(op.args), _shapes(op.kwargs), made)
 
 
 def _shapes(template: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Which aten ops a recipe may run, and how.
+"""Which ops a recipe may run, and how.
 
-An allow-list: an op that is not named here is a boundary, its outputs are saved. The names are those of aten ops that
+An allow-list: an op that is not named here is a boundary, its outputs are saved. The names are those of ops that
 are pure, whose result depends on nothing but their arguments (and the generator, for random ops), and that are
 deterministic where `is_recomputable` says so. Being on the list is necessary, not sufficient: the recorder runs each op
 a second time and compares bits before a recipe may use it.
@@ -47,6 +47,7 @@ max_pool3d_with_indices upsample_bicubic2d upsample_bilinear2d upsample_linear1d
 upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
 grid_sampler_2d
 """
+_QUANTIZED = "bitsandbytes::gemm_4bit bitsandbytes::dequantize_4bit bitsandbytes::dequantize_blockwise"
 _POSITIONS = "arange linspace eye tril_indices triu_indices"
 _RANDOM = """
 bernoulli bernoulli_ native_dropout _fused_dropout rand rand_like randn randn_like normal_ uniform_ exponential_ random_
@@ -54,7 +55,8 @@ randint randint_like randperm rrelu_with_noise
 """
 _SCANS = "cumsum cumprod logcumsumexp"  # torch documents them as non-deterministic on CUDA
 
-_PURE = frozenset(" ".join((_ELEMENTWISE, _REDUCTIONS, _MATMULS, _NORMS, _COPIES, _SPATIAL, _POSITIONS)).split())
+_LISTS = (_ELEMENTWISE, _REDUCTIONS, _MATMULS, _NORMS, _COPIES, _SPATIAL, _QUANTIZED, _POSITIONS)
+_PURE = frozenset(" ".join(_LISTS).split())
 _RANDOM_NAMES = frozenset(_RANDOM.split())
 _SCAN_NAMES = frozenset(_SCANS.split())
 _UNINITIALISED = frozenset("empty empty_like empty_strided new_empty new_empty_strided empty_permuted".split())

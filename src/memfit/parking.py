@@ -9,7 +9,7 @@ import torch
 
 from memfit.frames import Handle
 from memfit.partitioned import by_reference
-from memfit.storages import PLAIN_TYPES
+from memfit.quantized import PLAIN_TYPES
 
 if TYPE_CHECKING:
     from memfit.calls import Call

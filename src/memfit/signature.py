@@ -21,8 +21,11 @@ import torch
 
 from memfit.guards import guard_of
 from memfit.programs import LeafKind
+from memfit.quantized import PLAIN_TYPES, Statistics, statistics_of
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+Slots = dict[tuple[str, str], tuple[LeafKind, "dict[str, Any] | Statistics"]]
+"""By submodule and name: what is there, and where it is looked up."""
+
 MAX_DEPTH = 3
 SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, complex, Enum)
 _BY_VALUE = frozenset({str, bytes, type(None), torch.dtype, torch.device})
@@ -267,7 +270,7 @@ def aliases(tensors: list[torch.Tensor], own: dict[int, int]) -> tuple[Any, ...]
     seen: dict[int, int] = {}
     parts: list[Any] = []
     for i, t in enumerate(tensors):
-        if type(t) not in _PLAIN:
+        if type(t) not in PLAIN_TYPES:
             continue  # a block that is given one is not replayed
         storage = storage_start(t)
         first = seen.setdefault(storage, i)
@@ -285,20 +288,20 @@ def storage_start(tensor: torch.Tensor) -> int:
     return start - offset * tensor.element_size() if offset else start
 
 
-def storages_of(slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]) -> dict[int, int]:
+def storages_of(slots: Slots) -> dict[int, int]:
     """Where parameters and buffers lie now, to be compared with arguments."""
     found: dict[int, int] = {}
     for number, ((_, name), (_, dictionary)) in enumerate(slots.items()):
         tensor = dictionary.get(name)
-        if tensor is not None and type(tensor) in _PLAIN and tensor.layout is torch.strided and tensor.numel():
+        if tensor is not None and type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided and tensor.numel():
             found.setdefault(storage_start(tensor), number)
     return found
 
 
-def pointers_of(slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]) -> list[int]:
+def pointers_of(slots: Slots) -> list[int]:
     """What `storages_of` depends on."""
     found: list[Any] = [dictionary.get(name) for (_, name), (_, dictionary) in slots.items()]
-    return [t.data_ptr() if type(t) in _PLAIN and t.layout is torch.strided else 0 for t in found]
+    return [t.data_ptr() if type(t) in PLAIN_TYPES and t.layout is torch.strided else 0 for t in found]
 
 
 class Watch:
@@ -375,13 +378,15 @@ _OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_for
 """Flags of hooks, by their numbers: they change when hooks do."""
 
 
-def parameter_slots(module: torch.nn.Module) -> dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]]:
+def parameter_slots(module: torch.nn.Module) -> Slots:
     """By submodule and name, every parameter and buffer: its kind, and the dictionary where a forward looks it up."""
-    slots: dict[tuple[str, str], tuple[LeafKind, dict[str, Any]]] = {}
+    slots: Slots = {}
     for owner, child in module.named_modules(remove_duplicate=True):
         for name, value in child._parameters.items():
             if value is not None:
                 slots[owner, name] = ("parameter", child._parameters)
+                for place, key, found in statistics_of(child._parameters, name):
+                    slots[f"{owner}.{place}", key] = ("parameter", found)
         for name, value in child._buffers.items():
             if value is not None:
                 slots[owner, name] = ("buffer", child._buffers)

@@ -12,9 +12,8 @@ from torch.utils._pytree import tree_leaves
 from memfit import ops
 from memfit.bits import all_equal, fingerprint
 from memfit.programs import MUTATED, UNKNOWN, Leaf, Program, ProgramNode, ProgramOp, Value
+from memfit.quantized import PLAIN_TYPES, PlainTypes
 from memfit.sharding import local
-
-PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 SMALL_BUFFER_BYTES = 16 * 2**10
 """Buffers up to this size are copied into the frame: distributed training broadcasts them, and no version tells."""
@@ -27,7 +26,7 @@ class Storages:
         plain: Classes of tensors whose ops can be recorded.
     """
 
-    plain: tuple[type, ...] = PLAIN_TYPES
+    plain: PlainTypes | tuple[type, ...] = PLAIN_TYPES
 
     def __init__(self, program: Program) -> None:
         """Of a recording that writes into ``program``."""

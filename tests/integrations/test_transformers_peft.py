@@ -10,10 +10,10 @@ import torch
 pytest.importorskip("peft")
 
 import peft
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import memfit
-from memfit.errors import RecomputeError
+from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.integrations.transformers import MemfitCallback
 from training import (
     assert_less_is_alive,
@@ -62,6 +62,14 @@ def frozen_embeddings():
 def kbit(**changes):
     """On a model that is not quantized it freezes and upcasts."""
     return lora(base=peft.prepare_model_for_kbit_training(llama().to(torch.bfloat16), **changes))
+
+
+def quantized(folder, **options):
+    """QLoRA: the base is loaded by bitsandbytes."""
+    llama().to(torch.bfloat16).save_pretrained(folder)
+    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16, **options)
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
+    return lora(base=peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False))
 
 
 def upcast_and_checkpointed():
@@ -118,6 +126,65 @@ def test_losses_and_weights_are_the_same(tmp_path, name):
         fitted, trained(tmp_path / "kept", lora()) if MODELS[name] is upcast_and_checkpointed else plain
     )
     assert_untouched(fitted.model)
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize(
+    "options", [{**NF4, "bnb_4bit_use_double_quant": True}, NF4], ids=["double quantization", "nf4"]
+)
+def test_blocks_with_4_bit_weights_are_replayed(tmp_path, options):
+    plain = trained(tmp_path / "plain", quantized(tmp_path / "base", **options))
+    callback = MemfitCallback(budget="min")
+    fitted = trained(tmp_path / "fitted", quantized(tmp_path / "base", **options), callback)
+    assert history(fitted) == history(plain)
+    assert history(fitted, "grad_norm") == history(plain, "grad_norm")
+    assert_same_weights(weights(fitted.model), weights(plain.model))
+    assert {block["mode"] for block in callback.summary()["blocks"]} == {"replay"}
+    assert_planned(callback.summary())
+    assert_less_is_alive(fitted, plain)
+
+
+def test_8_bit_weights_are_left_alone(tmp_path):
+    """Their layers keep what they need beside autograd."""
+    plain = trained(tmp_path / "plain", quantized(tmp_path / "base", load_in_8bit=True))
+    callback = MemfitCallback(budget="min")
+    fitted = trained(tmp_path / "fitted", quantized(tmp_path / "base", load_in_8bit=True), callback)
+    assert history(fitted) == history(plain)
+    assert_same_weights(weights(fitted.model), weights(plain.model))
+    assert any("Int8Params" in block["reason"] for block in callback.summary()["blocks"])
+
+
+def test_statistics_of_4_bit_weights_that_are_written_before_the_backward(tmp_path):
+    model = quantized(tmp_path / "base", **NF4).train()
+    batch = {"input_ids": torch.arange(24).view(2, 12) % 20, "labels": torch.arange(24).view(2, 12) % 20}
+    with memfit.fit(model, budget="min"):
+        for _ in range(3):
+            model(**batch).loss.backward()
+        loss = model(**batch).loss
+        with torch.no_grad():
+            model.base_model.model.model.layers[1].mlp.gate_proj.weight.quant_state.absmax.mul_(2)
+        with pytest.raises(ChangedTensorError, match="quant_state[.]absmax` changed between forward and backward"):
+            loss.backward()
+
+
+def test_statistics_of_4_bit_weights_that_are_replaced_between_steps(tmp_path):
+    found = []
+    for budget in (None, "min"):
+        model = quantized(tmp_path / "base", **NF4).train()
+        batch = {"input_ids": torch.arange(24).view(2, 12) % 20, "labels": torch.arange(24).view(2, 12) % 20}
+        handle = memfit.fit(model, budget="min") if budget else contextlib.nullcontext()
+        with handle:
+            for step in range(5):
+                if step == 3:
+                    state = model.base_model.model.model.layers[1].mlp.gate_proj.weight.quant_state
+                    state.absmax = state.absmax * 2
+                torch.manual_seed(step)
+                model.zero_grad()
+                model(**batch).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_the_trainers_switch_and_lora(tmp_path):

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit import ops
 from memfit.programs import Leaf, ProgramOp
 from memfit.simulation.ledger import Ledger
-from memfit.storages import PLAIN_TYPES, Storages
+from memfit.storages import Storages
 from memfit.trace import Recorder
 
 
 class FakeStorages(Storages):
     """Storages without contents."""
 
-    plain = (*PLAIN_TYPES, FakeTensor)
+    plain = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
     def constant(self, number: int, tensor: torch.Tensor) -> object:
         return None
