@@ -205,6 +205,19 @@ def test_autocast_is_there_again():
     assert not torch.equal(found[0], step(encoder(), in_one_graph)[0]), "autocast changes nothing here"
 
 
+def test_autocast_of_the_accelerator_where_the_batch_has_no_tensors(monkeypatch):
+    """Texts lie on no device. MTIA, since its autocast can be entered anywhere."""
+    from memfit.circumstances import Autocast
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("mtia"))
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: True)
+    with torch.autocast("mtia", dtype=torch.bfloat16):
+        then = Autocast()
+    assert not torch.is_autocast_enabled("mtia")
+    with then.again():
+        assert torch.is_autocast_enabled("mtia")
+
+
 @pytest.mark.parametrize("scale", [2.0**14, 0.25])
 def test_a_scaled_loss_has_scaled_gradients(scale):
     def backward(loss):
@@ -447,6 +460,15 @@ def test_other_ways_to_differentiate_are_an_error(way):
     loss = cached_embeddings(lambda x: model.blocks[0](x).mean(1), x, rows=2).sum()
     with pytest.raises(ModelError, match=r"go to `\.grad`"):
         torch.autograd.grad(loss, [x]) if way == "grad" else loss.backward(inputs=[x])
+
+
+def test_second_derivatives_are_an_error():
+    """Silently left out, a gradient penalty would be another one."""
+    model = encoder()
+    loss = cached_embeddings(model, tokens(4), rows=2).square().sum()
+    with pytest.raises(ModelError, match="create_graph=True"):
+        loss.backward(create_graph=True)
+    assert all(gradient is None for gradient in gradients(model).values())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -335,3 +336,150 @@ def raiser(error):
         raise error
 
     return hook
+
+
+# What surrounds the forward
+
+
+class Tail(nn.Module):
+    """Blocks, and then something outside them."""
+
+    def __init__(self, tail):
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
+        self.head = nn.Linear(8, 8)
+        self.tail = tail
+
+    def forward(self, x, extra=None):
+        return self.tail(self.head, self.blocks(x.to_padded_tensor(0.0) if x.is_nested else x))
+
+
+def train(model, x, *more, times=3):
+    for _ in range(times):
+        model(x, *more).square().mean().backward()
+
+
+non_leaves = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks
+
+
+@non_leaves
+def test_what_is_compiled_outside_blocks_stays_compiled():
+    """Dynamo skips for good what it first sees under a mode."""
+    from torch._dynamo.testing import CompileCounter
+
+    counts = CompileCounter()
+    model = Tail(torch.compile(lambda head, x: torch.tanh(head(x)), backend=counts))
+    with memfit.fit(model, budget="min") as handle:
+        train(model, torch.randn(4, 8))
+        assert not any("stepped aside" in note for note in handle.summary()["notes"])
+    assert counts.frame_count == 1
+
+
+@non_leaves
+def test_higher_order_operators():
+    """What they run is not shown: then there is no number, rather than a wrong one."""
+    from functorch.experimental.control_flow import cond
+
+    def tail(head, x):
+        return cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+
+    model = Tail(tail)
+    with memfit.fit(model, budget="min") as handle:
+        train(model, torch.randn(4, 8))
+        assert handle.summary()["model_flops"] is None
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight.T, x.T @ gradient
+
+
+def test_custom_functions_have_no_number():
+    """Their backward does what it likes."""
+    model = Tail(lambda head, x: Product.apply(x, head.weight))
+    with memfit.fit(model, budget="min") as handle:
+        train(model, torch.randn(4, 8))
+        assert handle.summary()["model_flops"] is None
+
+
+def test_a_mode_that_hooks_enter_around_the_forward():
+    """It is left after the counter is."""
+    model, entered = Tail(lambda head, x: head(x)), []
+
+    def leave(*_):
+        entered.pop().__exit__(None, None, None)
+
+    with memfit.fit(model, budget="min") as handle:
+        hooks = [
+            model.register_forward_pre_hook(lambda *_: entered.append(FlopCounterMode(display=False).__enter__())),
+            model.register_forward_hook(leave),
+        ]
+        model(torch.randn(4, 8)).sum().backward()
+        assert torch._C._len_torch_dispatch_stack() == 0
+        for hook in hooks:
+            hook.remove()
+        train(model, torch.randn(4, 8))
+        assert {block["mode"] for block in handle.summary()["blocks"]} == {"replay"}
+
+
+def holding_itself():
+    found = {}
+    found["self"] = found
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda: (torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)]),),
+        lambda: (torch.randn(4, 8), holding_itself()),
+    ],
+    ids=["nested tensor", "cycle"],
+)
+def test_arguments_without_a_geometry(batch):
+    model = Tail(lambda head, x: head(x))
+    with memfit.fit(model, budget="min") as handle:
+        train(model, *batch())
+        assert handle.summary()["model_flops"] is None
+
+
+def test_a_forward_in_another_thread_leaves_no_mode_behind():
+    """It begins and ends while one of the first thread runs."""
+    left = []
+
+    def work():
+        model(torch.randn(4, 8)).sum().backward()
+        left.append(torch._C._len_torch_dispatch_stack())
+
+    def tail(head, x):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        return head(x)
+
+    model = Tail(tail)
+    with memfit.fit(model, budget="min"):
+        work()
+        assert left == [0, 0]
+
+
+def test_evaluation_after_an_interrupt_has_no_mode():
+    model, seen = Tail(lambda head, x: head(x)), []
+    with memfit.fit(model, budget="min"):
+        hook = model.head.register_forward_pre_hook(raiser(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randn(4, 8))
+        hook.remove()
+        model.head.register_forward_pre_hook(lambda *_: seen.append(torch._C._len_torch_dispatch_stack()))
+        with torch.no_grad():
+            model.eval()(torch.randn(4, 8))
+    assert seen == [0]

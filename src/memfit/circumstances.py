@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,12 +52,14 @@ def same_random_numbers_afterwards() -> Iterator[None]:
 
 
 class Autocast:
-    """Autocast as it is now, for some kinds of devices."""
+    """Autocast as it is now, for the CPU, the accelerator, and more kinds of devices."""
 
-    def __init__(self, kinds: set[str]) -> None:
+    def __init__(self, kinds: Iterable[str] = ()) -> None:
+        accelerator = torch.accelerator.current_accelerator()
+        every = {"cpu", *kinds} | ({accelerator.type} if accelerator is not None else set())
         self._states = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in sorted(kinds)
+            for kind in sorted(every)
             if torch.amp.is_autocast_available(kind)
         ]
         self._caches = torch.is_autocast_cache_enabled()

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from memfit.canary import all_bits, meta, same_bits
@@ -45,7 +44,8 @@ def cached_embeddings(encode: Callable[..., Any], *batches: Any, rows: int, redu
 
     Call it where the encoder would be called, under the same autocast and `no_sync`, and go on as usual: ``backward()``
     of a loss that reads the embeddings adds to ``.grad`` of what ``encode`` trains. What is one sub-batch in all is
-    just encoded. Where gradients are off, sub-batches are encoded once.
+    just encoded. Where gradients are off, sub-batches are encoded once. Hooks on parameters get the gradient of each
+    sub-batch, one after the other.
 
     Args:
         encode: A module or function. It is called with a sub-batch, of a mapping as keywords, of a tuple as positions,
@@ -65,7 +65,7 @@ def cached_embeddings(encode: Callable[..., Any], *batches: Any, rows: int, redu
             tensors with rows, or DDP has ``static_graph=True`` and ``reduce_once`` is set.
         ChangedEmbeddingError: In the backward, if a sub-batch is encoded to other bits than before.
         ChangedTensorError: In the backward, if a tensor of a batch has been written to.
-        ModelError: In the backward, if that is `torch.autograd.grad` or has ``inputs=``.
+        ModelError: In the backward, if that is `torch.autograd.grad`, or has ``inputs=`` or ``create_graph=True``.
     """
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UsageError(f"`rows={rows!r}` is no number of rows. Give a positive integer.")
@@ -122,7 +122,7 @@ class _Cache:
         tensors = _tensors_in(batches)
         self._versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
         self.leaves = list({id(tensor): tensor for tensor in tensors if tensor.requires_grad}.values())
-        self._autocast = Autocast({"cpu", *(tensor.device.type for tensor in tensors)})
+        self._autocast = Autocast(tensor.device.type for tensor in tensors)
         self._modules = Modules(len(batches))
         self._buffers: list[Buffer] = []
         self._reducers: dict[int, torch.nn.Module] = {}
@@ -261,8 +261,12 @@ class _Embed(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise ModelError(
+                "The gradients of cached embeddings have no graph of their own: call `loss.backward()` without "
+                "`create_graph=True`, or encode without `cached_embeddings`."
+            )
         if not torch.autograd._is_checkpoint_valid():  # type: ignore[no-untyped-call]
             raise ModelError(
                 "The gradients of cached embeddings go to `.grad` of what the encoder trains: call `loss.backward()` "

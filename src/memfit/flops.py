@@ -7,18 +7,28 @@ watched while the backward runs, and what a plan recomputes there is not part of
 NOTE [Counting beside blocks]: a fitted block steps aside where a dispatch mode is active, and a recorder runs every op
 twice. So the counter is taken off the stack of modes around the hooks of a block, and while a recorder is on it: then
 the recorder shows it each op once.
+
+NOTE [Unseen by torch.compile]: Dynamo compiles nothing while a mode is entered, and a function that it has skipped once
+stays uncompiled. So the counter is put on the stack, and taken off it, without what `TorchDispatchMode` does beside.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils.flop_counter import flop_registry
 
 from memfit.programs import Program, ProgramOp, Ref
@@ -40,6 +50,7 @@ _ALIKE = {
 _QUANTIZED = "bitsandbytes.gemm_4bit"
 """A product inside a custom autograd Function, whose backward is one with the gradient of its output."""
 _CONVOLUTION = _aten.convolution
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _local = threading.local()
 
 
@@ -109,14 +120,21 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         count: What was seen so far.
         place: Name of the block whose forward runs, or "".
-        stopped: Whether the forward is over.
+        owner: Who began it.
     """
 
-    def __init__(self) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, owner: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = Count()
         self.place = ""
-        self.stopped = False
+        self.owner = owner
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """See NOTE [Unseen by torch.compile]."""
+        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -128,8 +146,11 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An op has run."""
-        packet = func._overloadpacket
-        if self.stopped or formula_of(packet) is None:
+        packet = getattr(func, "_overloadpacket", None)
+        if packet is None:  # a higher-order operator: what it runs is not shown
+            self.count.exact = False
+            return
+        if formula_of(packet) is None:
             return
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if any(hasattr(tensor, "placements") for tensor in tensors):
@@ -137,6 +158,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         try:
             flops = op_flops(packet, args, kwargs, out)
+            backward = self._backward(packet, args, out, flops) if torch.is_grad_enabled() else None
         except Exception:  # a formula that does not know this case is no reason to stop a training step
             self.count.exact = False
             return
@@ -145,8 +167,10 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         _add(self.count.by_place, self.place, flops)
         if str(packet) == _QUANTIZED:
             _add(self.count.backward, dtype, flops if tensors[0].requires_grad else 0.0)
-        elif torch.is_grad_enabled():
-            _add(self.count.backward, dtype, self._backward(packet, args, out, flops))
+        elif backward is not None:
+            _add(self.count.backward, dtype, backward)
+        elif _is_inside_function():
+            self.count.exact = False  # its backward is its own
 
     def _backward(self, packet: Any, args: tuple[Any, ...], out: Any, flops: float) -> float:
         """FLOPs of the gradients that an op's arguments ask for."""
@@ -169,6 +193,16 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return 0.0
 
 
+def _is_inside_function() -> bool:
+    """Whether a custom autograd Function's forward runs, compiled code's too; those of Memfit count themselves."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return not str(frame.f_locals["cls"].__module__).startswith("memfit.")
+        frame = frame.f_back
+    return False
+
+
 def _add(counts: dict[Any, float], key: Any, flops: float) -> None:
     counts[key] = counts.get(key, 0.0) + flops
 
@@ -182,11 +216,11 @@ def current() -> FlopCounter | None:
     return counter
 
 
-def begin() -> None:
-    """A forward begins, and is counted."""
+def begin(owner: object) -> None:
+    """A forward begins, and is counted for ``owner``."""
     end()  # of one that a KeyboardInterrupt ended
-    counter = _local.counter = FlopCounter()
-    counter.__enter__()  # type: ignore[no-untyped-call]
+    counter = _local.counter = FlopCounter(owner)
+    _push_mode(counter)
 
 
 def end() -> Count | None:
@@ -194,11 +228,13 @@ def end() -> Count | None:
     counter = current()
     if counter is None:
         return None
-    suspend()
     _local.counter = None
-    if counter in _get_current_dispatch_mode_stack():  # under a mode that somebody entered and did not leave
-        counter.count.exact = False
-        counter.stopped = True
+    above = []
+    if counter in _get_current_dispatch_mode_stack():
+        while (mode := _pop_mode()) is not counter:  # that somebody entered and did not leave
+            above.append(mode)
+    for mode in reversed(above):
+        _push_mode(mode)
     return counter.count
 
 
@@ -206,7 +242,7 @@ def suspend() -> None:
     """Take the counter off the stack of modes, if it is on top. See NOTE [Counting beside blocks]."""
     counter = current()
     if counter is not None and _top() is counter:
-        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        _pop_mode()
 
 
 def enter(block: str) -> None:
@@ -226,8 +262,9 @@ def leave(block: str) -> None:
 
 
 def _resume(counter: FlopCounter) -> None:
-    if not getattr(_top(), "shows_flops", False) and counter not in _get_current_dispatch_mode_stack():
-        counter.__enter__()  # type: ignore[no-untyped-call]
+    stack = _get_current_dispatch_mode_stack()
+    if counter not in stack and not any(getattr(mode, "shows_flops", False) for mode in stack):
+        _push_mode(counter)
 
 
 def _top() -> Any:

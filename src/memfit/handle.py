@@ -314,6 +314,8 @@ class Handle:
             self._work.forward_ends(failed=failed)
         elif torch.is_grad_enabled() and module.training:
             self._work.forward_begins(args, kwargs)
+        else:
+            self._work.plain_forward_begins()
 
     # Reporting
 

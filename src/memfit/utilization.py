@@ -13,6 +13,7 @@ Source:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,8 +48,7 @@ class Utilization:
         self._device = device
         self._counts = counts
         self._known: dict[Any, tuple[Count, tuple[str, ...]]] = {}
-        self._key: Any = None
-        self._first_call = 0
+        self._running = threading.local()
         self._num_counted = self._num_forwards = 0
         self._now: list[Count | None] = []
         self._undisturbed = True  # no forward of this step was counted while it ran
@@ -62,23 +62,24 @@ class Utilization:
         if not self._counts:
             return
         flops.end()
-        self._key = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in((args, kwargs)))
-        self._first_call = len(self._runtime.calls)
+        key = _geometry(args, kwargs)
+        self._running.key, self._running.first_call = key, len(self._runtime.calls)
         self._num_forwards += 1
-        if self._key in self._known or self._num_counted > _FIRST + self._num_forwards // _SHARE:
+        if key is None or key in self._known or self._num_counted > _FIRST + self._num_forwards // _SHARE:
             return
         self._num_counted += 1
         self._undisturbed = False
-        flops.begin()
+        flops.begin(self)
 
     def forward_ends(self, *, failed: bool) -> None:
         """It is over."""
-        if self._key is None:
+        if not hasattr(self._running, "key"):
             return
-        count, key, self._key = flops.end(), self._key, None
+        count, key, first_call = flops.end(), self._running.key, self._running.first_call
+        del self._running.key
         if failed:
             return
-        programs = tuple(call.program_key for call in self._runtime.calls[self._first_call :])
+        programs = tuple(call.program_key for call in self._runtime.calls[first_call:])
         if count is not None:
             if len(self._known) >= _MAX_GEOMETRIES:
                 self._known.pop(next(iter(self._known)))
@@ -89,6 +90,13 @@ class Utilization:
                 del self._known[key]  # something else than its arguments decides what it does
                 count = None
         self._now.append(count if count is not None and count.exact else None)
+
+    def plain_forward_begins(self) -> None:
+        """A forward that trains nothing begins."""
+        self._running.__dict__.pop("key", None)
+        counter = flops.current()
+        if counter is not None and counter.owner is self:  # a KeyboardInterrupt ended the last forward
+            flops.end()
 
     def step_ended(self, seconds: float | None) -> None:
         """A step is over; ``seconds``: what it took, if that is known."""
@@ -101,7 +109,7 @@ class Utilization:
 
     def remove(self) -> None:
         """Leave nothing on the stack of modes."""
-        self._counts, self._key = False, None
+        self._counts = False
         flops.end()
 
     # Reading
@@ -130,6 +138,16 @@ class Utilization:
             "model_flop_utilization": utilization,
             "hardware_flop_utilization": None if utilization is None or share is None else utilization * share,
         }
+
+
+def _geometry(args: Any, kwargs: Any) -> Any:
+    """What tells the forwards that compute as much; ``None`` where arguments are beyond that."""
+    try:
+        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in((args, kwargs)))
+        hash(key)
+    except (RuntimeError, TypeError):  # nested tensors, symbolic sizes, a mapping that holds itself
+        return None
+    return key
 
 
 def device_entry(device: torch.device) -> Hardware | None:
