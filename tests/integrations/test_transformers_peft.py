@@ -142,6 +142,9 @@ def test_blocks_with_4_bit_weights_are_replayed(tmp_path, options):
     assert history(fitted, "grad_norm") == history(plain, "grad_norm")
     assert_same_weights(weights(fitted.model), weights(plain.model))
     assert {block["mode"] for block in callback.summary()["blocks"]} == {"replay"}
+    whole = MemfitCallback(budget="min")
+    trained(tmp_path / "whole", lora(), whole, max_steps=2)
+    assert callback.summary()["model_flops"] == whole.summary()["model_flops"]
     assert_planned(callback.summary())
     assert_less_is_alive(fitted, plain)
 

@@ -20,12 +20,10 @@ from memfit.predictions import QUANTIZED
 
 _BLOCK, _SCALE_BLOCK, _CODE, _SCALE_CODE = 64, 256, 16, 256
 _THRESHOLD = 6.0
-_NOTES = (
-    "What `prepare_model_for_kbit_training` casts to fp32: norms, embeddings and the head keep their dtype here.",
-    "That `fit` saves what bitsandbytes' kernels return: peaks with recomputation are those of gradient checkpointing.",
-)
-_KEPT_INPUTS = (
-    "8-bit layers keep their inputs beside autograd: gradient checkpointing lets go of some that are counted here."
+_NOTE = "What `prepare_model_for_kbit_training` casts to fp32: norms, embeddings and the head keep their dtype here."
+_EIGHT_BIT_NOTES = (
+    "8-bit layers keep their inputs beside autograd: gradient checkpointing lets go of some that are counted here.",
+    "That `fit` leaves blocks with 8-bit layers alone: peaks with recomputation are those of gradient checkpointing.",
 )
 
 
@@ -144,7 +142,7 @@ def quantize(model: nn.Module, kind: str) -> None:
 
 def notes(kind: str | None) -> tuple[str, ...]:
     """What predictions with such weights leave out, as sentences."""
-    return () if kind is None else (*_NOTES, *((_KEPT_INPUTS,) if kind == "8bit" else ()))
+    return () if kind is None else (_NOTE, *(_EIGHT_BIT_NOTES if kind == "8bit" else ()))
 
 
 def num_parameters(model: nn.Module) -> int:
