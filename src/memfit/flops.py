@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -108,7 +109,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         count: What was seen so far.
         place: Name of the block whose forward runs, or "".
-        owner: Who began it.
+        owner: Who began it, if that is still there.
     """
 
     supports_higher_order_operators = True
@@ -117,7 +118,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = Count()
         self.place = ""
-        self.owner = owner
+        self.owner = weakref.ref(owner)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -261,13 +262,16 @@ def _top() -> Any:
 # What recipes run again
 
 
-def program_flops(program: Program) -> list[float]:
-    """FLOPs of each op of a recorded program."""
+def program_flops(program: Program) -> list[float] | None:
+    """FLOPs of each op of a recorded program; ``None`` where a formula wants more than sizes."""
     made = [torch.Size(program.nodes[op.outputs[0][1]].value.size) for op in program.ops]
-    return [
-        op_flops(op.func._overloadpacket, _shapes(op.args), _shapes(op.kwargs), out)
-        for op, out in zip(program.ops, made, strict=True)
-    ]
+    try:
+        return [
+            op_flops(op.func._overloadpacket, _shapes(op.args), _shapes(op.kwargs), out)
+            for op, out in zip(program.ops, made, strict=True)
+        ]
+    except Exception:  # anybody's formula
+        return None
 
 
 def _shapes(template: Any) -> Any:
