@@ -435,6 +435,26 @@ def holding_itself():
     return found
 
 
+def test_a_formula_that_wants_tensors(monkeypatch):
+    """As torch's own for attention of variable lengths: of what recipes run only sizes are known."""
+
+    def formula(x, *, out_val):
+        return 8.0 * x.size(0) * x.size(1)
+
+    class Scaled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x * torch.nn.functional.softsign(self[0].weight.detach()).sum())
+
+    monkeypatch.setitem(flops.flop_registry, torch.ops.aten.abs, formula)
+    model = Tail(lambda head, x: head(x))
+    model.blocks = nn.Sequential(*(Scaled(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
+    with memfit.fit(model, budget="min") as handle:
+        train(model, torch.randn(4, 8))
+        found = handle.summary()
+    assert found["model_flops"] > 3 * 8 * 64
+    assert found["hardware_flops"] is None
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     "batch",

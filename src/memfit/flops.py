@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -120,7 +121,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         count: What was seen so far.
         place: Name of the block whose forward runs, or "".
-        owner: Who began it.
+        owner: Who began it, if that is still there.
     """
 
     supports_higher_order_operators = True
@@ -129,7 +130,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = Count()
         self.place = ""
-        self.owner = owner
+        self.owner = weakref.ref(owner)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -275,9 +276,12 @@ def _top() -> Any:
 # What recipes run again
 
 
-def program_flops(program: Program) -> list[float]:
-    """FLOPs of each op of a recorded program."""
-    return [_flops_of(program, op) for op in program.ops]
+def program_flops(program: Program) -> list[float] | None:
+    """FLOPs of each op of a recorded program; ``None`` where a formula wants more than sizes."""
+    try:
+        return [_flops_of(program, op) for op in program.ops]
+    except Exception:  # anybody's formula
+        return None
 
 
 def _flops_of(program: Program, op: ProgramOp) -> float:

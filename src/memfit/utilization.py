@@ -95,7 +95,7 @@ class Utilization:
         """A forward that trains nothing begins."""
         self._running.__dict__.pop("key", None)
         counter = flops.current()
-        if counter is not None and counter.owner is self:  # a KeyboardInterrupt ended the last forward
+        if counter is not None and counter.owner() is self:  # a KeyboardInterrupt ended the last forward
             flops.end()
 
     def step_ended(self, seconds: float | None) -> None:
@@ -197,7 +197,10 @@ def _recomputed(
     replayed = [call for call in calls if call["mode"] == "replay" and call["policy"] is not None]
     if any(call["program"] not in states for call in replayed):
         return None
-    programs = {key: _profile(states[key]) for key in {call["program"] for call in replayed}}
+    known = {key: _profile(states[key]) for key in {call["program"] for call in replayed}}
+    programs = {key: program for key, program in known.items() if program is not None}
+    if len(programs) < len(known):
+        return None
     policies: list[Policy] = [call["policy"] for call in replayed]
     linked: list[BlockCall] = []
     for place, (call, policy) in enumerate(zip(replayed, policies, strict=True)):
@@ -215,10 +218,12 @@ def _recomputed(
     return total
 
 
-def _profile(state: ProgramState) -> ProgramProfile:
-    """A program on a device whose seconds are FLOPs."""
+def _profile(state: ProgramState) -> ProgramProfile | None:
+    """A program on a device whose seconds are FLOPs; ``None`` where they are unknown."""
     program = state.program
     work = flops.program_flops(program)
+    if work is None:
+        return None
     ops = tuple(
         OpCost(
             name=str(op.func),
