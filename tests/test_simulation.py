@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import memfit
+from live import peak, settled_peak
 from memfit import configurations, hardware
 from memfit.blocks import find_blocks
 from memfit.errors import ModelError, UsageError
@@ -66,13 +66,6 @@ def batch_for(name, rows=2, length=192):
     return {"input_ids": ids, "labels": torch.zeros(rows, dtype=torch.long) if name == "bert" else ids.clone()}
 
 
-def held(model, optimizer, batch):
-    """Bytes of what is there between two steps."""
-    tensors = [*model.parameters(), *model.buffers(), *batch.values()]
-    tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def measured(name, kind, plan, **options):
     """The most bytes that tensors held in a real step under a plan; the canary's few large hashes left out."""
     model, batch = make(name, kind), batch_for(name)
@@ -86,22 +79,11 @@ def measured(name, kind, plan, **options):
         optimizer.step()
         optimizer.zero_grad()
 
-    peaks = []
-    for number in range(7):
-        if number < 5:
-            step()  # states are born, programs are verified
-            continue
-        before = held(model, optimizer, batch)
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-            step()
-        events = profile.profiler.kineto_results.events()
-        found = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        peaks.append(before + max(itertools.accumulate((size for _, size in found), initial=0)))
+    found = settled_peak(step, model, optimizer, batch)
     if handle is not None:
         assert {block["mode"] for block in handle.summary()["blocks"]} == {"replay"}
         handle.remove()
-    return min(peaks)
+    return found
 
 
 # What is predicted ----------------------------------------------------------------------------------------------------
@@ -173,17 +155,13 @@ def test_blocks_whose_insides_outlive_them(kind):
     model, x = Odd(kind), torch.randn(1024, 64)
     predicted = Forecast(Odd(kind), x, optimizer=None)
     plain = switched(predicted.profile, policy="plain", **predicted.named)
-    peaks = []
-    for _ in range(3):
-        before = sum(t.nbytes for t in [*model.parameters(), x])
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-            model(x).backward()
-            for parameter in model.parameters():
-                parameter.grad = None
-        events = profile.profiler.kineto_results.events()
-        found = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        peaks.append(before + max(itertools.accumulate((size for _, size in found), initial=0)))
+
+    def step():
+        model(x).backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    peaks = [peak(step, model, x) for _ in range(3)]
     assert plain.predicted_peak_bytes == pytest.approx(min(peaks), rel=0.02)
 
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,35 +141,6 @@ def run(grid: Grid) -> Iterator[Cell]:
                     yield _measured(cell, replace(trial, budget=budget), None if name == "plain" else plan)
 
 
-def origin(words: Sequence[str], device: str) -> dict[str, Any]:
-    """The conditions of a measurement, as JSON.
-
-    Args:
-        words: Its command line.
-        device: ``cpu`` or ``cuda``.
-    """
-    machine: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "ram_bytes": host.ram_bytes(),
-    }
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-        machine["gpu_bytes"] = torch.cuda.get_device_properties(0).total_memory
-    return {
-        "command": " ".join(["memfit", *words]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": device,
-        "hardware": machine,
-        "system": f"{platform.system()} {platform.release()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("memfit", "torch", "transformers", "peft")},
-        },
-    }
-
-
 def _check(grid: Grid) -> None:
     for name, chosen, known in (("train", grid.trains, TRAINS), ("plans", grid.plans, PLANS)):
         for word in chosen:
@@ -214,20 +180,3 @@ def _measured(cell: Cell, trial: Trial, plan: Plan | None) -> Cell:
         return replace(cell, measured=measure(trial, plan))
     except ModelError as error:
         return replace(cell, reason=str(error), failed=True)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -51,6 +51,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
         raise UsageError(f"There is no folder for `-o {arguments.output}`.")
     from memfit import bench
+    from memfit.origins import origin
     from memfit.report.bench import render_cells
 
     grid = _grid(arguments)
@@ -59,7 +60,7 @@ def execute(arguments: argparse.Namespace) -> int:
         cells.append(cell)
         print(f"memfit: {cell.name}: {_outcome(cell)}", file=sys.stderr)
     found = {
-        "origin": bench.origin(sys.argv[1:], grid.entry.backend),
+        "origin": origin(" ".join(["memfit", *sys.argv[1:]]), grid.entry.backend),
         "holds": all(cell.holds for cell in cells),
         "cells": [cell.to_dict() for cell in cells],
     }
