@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,8 +45,8 @@ def cached_embeddings(encode: Callable[..., Any], *batches: Any, rows: int, redu
 
     Call it where the encoder would be called, under the same autocast and `no_sync`, and go on as usual: ``backward()``
     of a loss that reads the embeddings adds to ``.grad`` of what ``encode`` trains. What is one sub-batch in all is
-    just encoded. Where gradients are off, sub-batches are encoded once. Hooks on parameters get the gradient of each
-    sub-batch, one after the other.
+    just encoded, but in a process group: there every call of a step has to reduce alike. Where gradients are off,
+    sub-batches are encoded once. Hooks on parameters get the gradient of each sub-batch, one after the other.
 
     Args:
         encode: A module or function. It is called with a sub-batch, of a mapping as keywords, of a tuple as positions,
@@ -65,7 +66,8 @@ def cached_embeddings(encode: Callable[..., Any], *batches: Any, rows: int, redu
             tensors with rows, or DDP has ``static_graph=True`` and ``reduce_once`` is set.
         ChangedEmbeddingError: In the backward, if a sub-batch is encoded to other bits than before.
         ChangedTensorError: In the backward, if a tensor of a batch has been written to.
-        ModelError: In the backward, if that is `torch.autograd.grad`, or has ``inputs=`` or ``create_graph=True``.
+        ModelError: In the backward, if that is `torch.autograd.grad`, or has ``inputs=`` or ``create_graph=True``; or
+            if the loss depends on parameters that DDP reduces in another way too.
     """
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UsageError(f"`rows={rows!r}` is no number of rows. Give a positive integer.")
@@ -76,7 +78,7 @@ def cached_embeddings(encode: Callable[..., Any], *batches: Any, rows: int, redu
         for number, length in enumerate(num_rows(b, f"batch {n}" if n else "the batch") for n, b in enumerate(batches))
         for start in range(0, length, rows)
     ]
-    if len(pieces) == 1:
+    if len(pieces) == 1 and not (dist.is_available() and dist.is_initialized()):
         return _call(encode, batches[0])
     cache = _Cache(encode, batches, pieces, reduce_once=reduce_once)
     if torch.is_grad_enabled():
@@ -159,7 +161,8 @@ class _Cache:
         self._buffers = self._modules.buffers() if again else []
         every = {key: module for modules in self._modules.called for key, module in modules.items()}
         self._reducers = {key: module for key, module in every.items() if reduces_gradients(module)}
-        if again and self._reduce_once and any(getattr(m, "static_graph", False) for m in self._reducers.values()):
+        left_out = again and self._reduce_once and len(self._pieces) > 1
+        if left_out and any(getattr(m, "static_graph", False) for m in self._reducers.values()):
             raise UsageError(
                 "DDP with `static_graph=True` cannot leave out the reduction of some sub-batches: leave that out, or "
                 "give `reduce_once=False`."
@@ -196,6 +199,7 @@ class _Cache:
                     f"A tensor of shape {list(tensor.shape)} in a contrastive batch was written to after it had been "
                     "encoded: keep batches as they are until `backward()`, and have the encoder copy what it changes."
                 )
+        self._check_reduction()
         stand_ins = {id(leaf): leaf.detach().requires_grad_() for leaf in self.leaves}
         batches = [_replaced(batch, stand_ins) for batch in self._batches]
         given = iter(gradients)
@@ -218,6 +222,20 @@ class _Cache:
                 with unreduced(self._reducers[key] for key in waiting | self._silent):
                     self._again(piece, batches[piece.batch], own)
         return [stand_ins[id(leaf)].grad for leaf in self.leaves]
+
+    def _check_reduction(self) -> None:
+        """DDP reduces once the gradients of its parameters are there: the rest of this backward must add none."""
+        for key in self._reducers.keys() - self._silent:
+            module = self._reducers[key]
+            if not isinstance(module, DistributedDataParallel):
+                continue
+            for name, parameter in module.module.named_parameters():
+                if parameter.requires_grad and _is_reached(parameter):
+                    raise ModelError(
+                        f"The loss depends on `{name}` by cached embeddings and in another way too, so DDP would "
+                        "reduce its gradient before it is there. Encode all batches of a step with "
+                        "`cached_embeddings`, and keep parameters that the loss itself reads out of DDP."
+                    )
 
     def _starts(self) -> dict[int, list[int]]:
         """By sub-batch: where its rows begin in each tensor of its batch."""
@@ -273,6 +291,12 @@ class _Embed(torch.autograd.Function):
                 "without `inputs=`, not `torch.autograd.grad`."
             )
         return None, None, *ctx.cache.differentiate(gradients)
+
+
+def _is_reached(parameter: torch.nn.Parameter) -> bool:
+    """Whether the backward that runs comes to a parameter."""
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    return bool(torch._C._will_engine_execute_node(node))
 
 
 def _call(encode: Callable[..., Any], batch: Any) -> Any:

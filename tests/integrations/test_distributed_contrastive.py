@@ -65,6 +65,20 @@ def separately(model: nn.Module, *given: Tensor, rows: int) -> Any:
     return tuple(cached_embeddings(model, batch, rows=rows) for batch in given)
 
 
+def in_one_piece(model: nn.Module, queries: Tensor, passages: Tensor, rows: int) -> Any:
+    """Queries are few enough to be one sub-batch."""
+    return cached_embeddings(model, queries, rows=2 * rows), cached_embeddings(model, passages, rows=rows)
+
+
+def whole_queries(model: nn.Module, queries: Tensor, passages: Tensor, rows: int) -> Any:
+    return model(queries), *in_one_graph(model, passages, rows=rows)
+
+
+def beside(model: nn.Module, queries: Tensor, passages: Tensor, rows: int) -> Any:
+    """Queries with a graph of their own."""
+    return model(queries), cached_embeddings(model, passages, rows=rows)
+
+
 def all_scores(queries: Tensor, passages: Tensor) -> Tensor:
     """The loss of all queries on each rank, as FlagEmbedding has it."""
     return info_nce(gather_rows(queries), gather_rows(passages), temperature=0.1)
@@ -171,9 +185,12 @@ COMPARED: dict[str, tuple[Wrap, Encodes, dict[str, Any]]] = {
     "ddp, static, every": (static, partial(cached, reduce_once=False), {}),
     "ddp, accumulate": (DDP, cached, {"accumulate": True}),
     "ddp, separately": (DDP, separately, {}),
+    "ddp, in one piece": (DDP, in_one_piece, {}),
     "ddp, every": (DDP, partial(cached, reduce_once=False), {}),
     "fsdp": (sharded, cached, {}),
     "fsdp, all scores": (sharded, cached, {"loss_of": all_scores}),
+    "fsdp, in one piece": (sharded, in_one_piece, {}),
+    "fsdp, beside": (sharded, beside, {}),
     "fsdp, every": (sharded, partial(cached, reduce_once=False), {}),
     "ddp, fitted": (DDP, cached, {"fits": True}),
     "fsdp, fitted": (sharded, cached, {"fits": True}),
@@ -195,7 +212,7 @@ def difference(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> f
 def compare(name: str) -> dict[str, Any]:
     wrap, encodes, options = COMPARED[name]
     plain = {key: value for key, value in options.items() if key != "fits"}
-    expected, once = train(wrap, in_one_graph, **plain)
+    expected, once = train(wrap, whole_queries if encodes in (in_one_piece, beside) else in_one_graph, **plain)
     found, count = train(wrap, encodes, **options)
     return {"difference": difference(found, expected), "reduced": count["reduced"], "once": once["reduced"]}
 
@@ -232,6 +249,14 @@ def static_graph() -> str:
     return "no error"
 
 
+def reduced_too_early() -> str:
+    try:
+        encodes_loss(DDP(encoder()), beside, own_scores, 0).backward()
+    except memfit.MemfitError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def uneven() -> str:
     try:
         gather_rows(torch.ones(2 + dist.get_rank(), 3))
@@ -245,6 +270,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "whole batch": whole_batch,
     "uneven": uneven,
     "static graph": static_graph,
+    "reduced too early": reduced_too_early,
 }
 
 
@@ -276,7 +302,7 @@ def test_gradients_are_those_of_the_sub_batches_in_one_graph(outcomes, name):
         assert found["difference"] <= (0.0 if exact else 1e-4)
         if "every" in name:
             assert found["reduced"] > found["once"]
-        elif "separately" in name:
+        elif any(word in name for word in ("separately", "piece", "beside")):
             assert found["reduced"] == 2 * found["once"] > 0
         else:
             assert found["reduced"] == found["once"] > 0
@@ -292,6 +318,14 @@ def test_a_static_graph_reduces_in_every_backward(outcomes):
     for found in outcomes("static graph"):
         assert found.startswith("UsageError: DDP with `static_graph=True`")
         assert "`reduce_once=False`" in found
+
+
+def test_embeddings_beside_cached_ones_are_an_error_under_ddp(outcomes):
+    """DDP would reduce the gradients of one of them only, and ranks would train on different ones."""
+    for found in outcomes("reduced too early"):
+        assert found.startswith(
+            "ModelError: The loss depends on `embed.weight` by cached embeddings and in another way"
+        )
 
 
 def test_unequal_numbers_of_rows_are_an_error_on_all_ranks(outcomes):
