@@ -247,7 +247,8 @@ def calibrated(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     entry = replace(hardware.find("cpu"), name="here", aliases=(), matmul_flops_per_second={"fp32": 1e12, "bf16": 4e12})
     name = device_name(torch.device("cpu"))
-    record = CalibrationRecord(date="d", device=name, num_threads=1, memfit="0", torch="0", hardware=entry)
+    threads = torch.get_num_threads()
+    record = CalibrationRecord(date="d", device=name, num_threads=threads, memfit="0", torch="0", hardware=entry)
     save_record(record)
     return record
 
@@ -273,6 +274,9 @@ def test_the_rate_is_that_of_the_steps_on_the_clock(calibrated):
 
 def test_an_unknown_device_has_no_utilization(calibrated, tmp_path, monkeypatch):
     assert device_entry(torch.device("cpu")) == calibrated.hardware
+    save_record(replace(calibrated, num_threads=calibrated.num_threads + 1))
+    assert device_entry(torch.device("cpu")) is None, "other threads reach other rates"
+    save_record(calibrated)
     save_record(replace(calibrated, device="another machine"))
     assert device_entry(torch.device("cpu")) is None
     found = summary_of(llama(), [ids()] * 6, budget="min")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from memfit.policies import default_generators
+
 SMALL_BYTES = 1 << 20
 """Buffers up to here are compared whatever their version says."""
 
@@ -19,22 +21,18 @@ Buffer = tuple[torch.nn.Module, str, torch.Tensor]
 class RandomStates:
     """The default generators of torch on all devices, Python's and NumPy's, as they are now."""
 
-    __slots__ = ("_cpu", "_cuda", "_numpy", "_python")
+    __slots__ = ("_numpy", "_python", "_torch")
 
     def __init__(self) -> None:
-        self._cpu = torch.default_generator.get_state()
-        generators = torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-        self._cuda = [generator.get_state() for generator in generators]
+        self._torch = [(generator, generator.get_state()) for generator in default_generators()]
         self._python = random.getstate()
         numpy: Any = sys.modules.get("numpy")
         self._numpy = None if numpy is None else numpy.random.get_state()
 
     def restore(self) -> None:
         """As they were then."""
-        torch.default_generator.set_state(self._cpu)
-        if self._cuda:
-            for generator, state in zip(torch.cuda.default_generators, self._cuda, strict=True):
-                generator.set_state(state)
+        for generator, state in self._torch:
+            generator.set_state(state)
         random.setstate(self._python)
         if self._numpy is not None:
             numpy: Any = sys.modules["numpy"]

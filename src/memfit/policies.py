@@ -84,7 +84,7 @@ class _Draws(AbstractContextManager[None]):
         self.states: list[tuple[torch.Generator, torch.Tensor]] = []
 
     def __enter__(self) -> None:
-        self.states = [(generator, generator.get_state()) for generator in _generators()]
+        self.states = [(generator, generator.get_state()) for generator in default_generators()]
 
     def __exit__(self, *error: object) -> None:
         pass
@@ -98,7 +98,7 @@ class _Again(AbstractContextManager[None]):
         self._before: list[tuple[torch.Generator, torch.Tensor]] = []
 
     def __enter__(self) -> None:
-        self._before = [(generator, generator.get_state()) for generator in _generators()]
+        self._before = [(generator, generator.get_state()) for generator in default_generators()]
         for generator, state in self._first.states:
             generator.set_state(state)
 
@@ -107,7 +107,8 @@ class _Again(AbstractContextManager[None]):
             generator.set_state(state)
 
 
-def _generators() -> list[torch.Generator]:
+def default_generators() -> list[torch.Generator]:
+    """Of the CPU, and of every GPU once CUDA is in use."""
     cuda = list(torch.cuda.default_generators) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return [torch.default_generator, *cuda]
 

@@ -163,7 +163,11 @@ def device_entry(device: torch.device) -> Hardware | None:
         record = hardware.load_record()
     except MemfitError:
         return None
-    return record.hardware if record is not None and record.device == name else None
+    if record is None or record.device != name:
+        return None
+    if device.type == "cpu" and record.num_threads != torch.get_num_threads():
+        return None  # other threads reach other rates
+    return record.hardware
 
 
 def _flops_of(counts: Sequence[Count | None]) -> float | None:
