@@ -744,6 +744,32 @@ def test_rule_08_parameters_are_objects() -> None:
     matters(scenario, off, backstops=[no_canary])
 
 
+class Lookups(dict[str, Any]):
+    """Parameters by name, as ZeRO 3 keeps them: ``[]`` gathers what it finds."""
+
+    count = 0
+
+    def __getitem__(self, name: str) -> Any:
+        Lookups.count += 1
+        return super().__getitem__(name)
+
+
+def test_rule_08_only_forwards_look_parameters_up() -> None:
+    """Ranks that looked one up at another time would gather at another time, and the job would stop."""
+
+    def lookups(*, fitted: bool) -> int:
+        model = Stack()
+        for module in model.modules():
+            module._parameters = Lookups(module._parameters)
+        Lookups.count = 0
+        with memfit.fit(model, policy="full") if fitted else contextlib.nullcontext():
+            for step in range(3):
+                model(data(step)).backward()
+        return Lookups.count
+
+    assert lookups(fitted=True) == lookups(fitted=False) > 0
+
+
 # When the model is not what it was -----------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ class Claim:
         structure: Hash of its profile without the numbers below; equal where one plan can serve.
         calls: Block and program of each call.
         outside_bytes: Of each event.
+        forward_bytes: Of every program, in order of their keys: when temporaries go is not the program's alone.
         seconds: Of every program, in order of their keys: forward, backward, ops, narrowing of nodes; then outside.
     """
 
@@ -37,6 +38,7 @@ class Claim:
     structure: str
     calls: tuple[tuple[str, str], ...]
     outside_bytes: tuple[int, ...]
+    forward_bytes: tuple[int, ...]
     seconds: tuple[float, ...]
 
     @staticmethod
@@ -45,7 +47,8 @@ class Claim:
         seconds: list[float] = []
         for key in sorted(profile.programs):
             seconds += _seconds(profile.programs[key])
-        bare = _with(profile, (0,) * len(profile.events), (0.0,) * (len(seconds) + 1))
+        forward = tuple(profile.programs[key].forward_bytes for key in sorted(profile.programs))
+        bare = _with(profile, (0,) * len(profile.events), (0,) * len(forward), (0.0,) * (len(seconds) + 1))
         return Claim(
             rank=rank,
             name=name,
@@ -55,6 +58,7 @@ class Claim:
             structure=sha256(repr(bare).encode()).hexdigest()[:16],
             calls=tuple((call.name, call.program) for call in profile.calls),
             outside_bytes=tuple(event.outside_bytes for event in profile.events),
+            forward_bytes=forward,
             seconds=(*seconds, profile.outside_seconds),
         )
 
@@ -66,7 +70,7 @@ class Claim:
     def from_json(text: str) -> Claim:
         """A claim of a rank of the same job: it is not checked."""
         data = json.loads(text)
-        lists = {name: tuple(data[name]) for name in ("outside_bytes", "seconds")}
+        lists = {name: tuple(data[name]) for name in ("outside_bytes", "forward_bytes", "seconds")}
         return Claim(**{**data, **lists, "calls": tuple((name, program) for name, program in data["calls"])})
 
     def other_model(self, claims: Sequence[Claim]) -> str:
@@ -98,11 +102,12 @@ class Claim:
 def merge(profile: StepProfile, claims: Sequence[Claim]) -> tuple[StepProfile, Budget]:
     """The profile with the worst of all ranks' numbers, and their smallest budget."""
     outside = tuple(map(max, zip(*(claim.outside_bytes for claim in claims), strict=True)))
+    forward = tuple(map(max, zip(*(claim.forward_bytes for claim in claims), strict=True)))
     seconds = tuple(map(max, zip(*(claim.seconds for claim in claims), strict=True)))
     limits = [claim.limit for claim in claims]
     sizes = [limit for limit in limits if isinstance(limit, int)]
     budget: Budget = "min" if "min" in limits else min(sizes) if sizes else None
-    return _with(profile, outside, seconds), budget
+    return _with(profile, outside, forward, seconds), budget
 
 
 def _seconds(program: ProgramProfile) -> list[float]:
@@ -110,15 +115,19 @@ def _seconds(program: ProgramProfile) -> list[float]:
     return [program.forward_seconds, program.backward_seconds, *ops, *(n.narrow_seconds for n in program.nodes)]
 
 
-def _with(profile: StepProfile, outside: tuple[int, ...], seconds: tuple[float, ...]) -> StepProfile:
+def _with(
+    profile: StepProfile, outside: tuple[int, ...], forward_bytes: tuple[int, ...], seconds: tuple[float, ...]
+) -> StepProfile:
     """A profile with other numbers."""
     rest = iter(seconds)
     programs: dict[str, ProgramProfile] = {}
-    for key in sorted(profile.programs):
+    for key, size in zip(sorted(profile.programs), forward_bytes, strict=True):
         program = profile.programs[key]
         forward, backward = next(rest), next(rest)
         ops = tuple([replace(op, seconds=next(rest)) for op in program.ops])
         nodes = tuple([replace(node, narrow_seconds=next(rest)) for node in program.nodes])
-        programs[key] = replace(program, forward_seconds=forward, backward_seconds=backward, ops=ops, nodes=nodes)
+        programs[key] = replace(
+            program, forward_seconds=forward, backward_seconds=backward, forward_bytes=size, ops=ops, nodes=nodes
+        )
     events = tuple([replace(e, outside_bytes=size) for e, size in zip(profile.events, outside, strict=True)])
     return replace(profile, programs=programs, events=events, outside_seconds=next(rest))

@@ -66,8 +66,12 @@ class Statistics:
 
 
 def statistics_of(parameters: dict[str, Any], weight: str) -> Iterator[tuple[str, str, Statistics]]:
-    """Of a module's weight: where its statistics are (``weight.quant_state``), the name of each, and how to read it."""
-    if type(parameters[weight]) in (torch.Tensor, torch.nn.Parameter) or type(parameters[weight]) not in PLAIN_TYPES:
+    """Of a module's weight: where its statistics are (``weight.quant_state``), the name of each, and how to read it.
+
+    Read by ``get``, which no class overrides: ``parameters[weight]`` gathers the weight under ZeRO 3.
+    """
+    kind = type(parameters.get(weight))
+    if kind in (torch.Tensor, torch.nn.Parameter) or kind not in PLAIN_TYPES:
         return
     for nested in (False, True):
         found = Statistics(parameters, weight, nested=nested)
