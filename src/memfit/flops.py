@@ -18,9 +18,9 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ _ALIKE = {
 _QUANTIZED = "bitsandbytes.gemm_4bit"
 """A product inside a custom autograd Function, whose backward is one with the gradient of its output."""
 _CONVOLUTION = _aten.convolution
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_is_forward: dict[CodeType, bool] = {}
 _local = threading.local()
 
 
@@ -195,13 +195,30 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_inside_function() -> bool:
-    """Whether a custom autograd Function's forward runs, compiled code's too; those of Memfit count themselves."""
+    """Whether a custom autograd Function's forward runs, compiled code's too; those of Memfit count themselves.
+
+    Told by the code that runs: from torch 2.14 on `Function.apply` is no Python frame.
+    """
+    frames: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _APPLY:
-            return not str(frame.f_locals["cls"].__module__).startswith("memfit.")
+        frames.append(frame)
         frame = frame.f_back
-    return False
+    if any(each.f_code not in _is_forward for each in frames):
+        codes = set(_forwards(torch.autograd.Function))
+        for each in frames:
+            _is_forward.setdefault(each.f_code, each.f_code in codes)
+    inside = next((each for each in frames if _is_forward[each.f_code]), None)
+    return inside is not None and not str(inside.f_globals.get("__name__")).startswith("memfit.")
+
+
+def _forwards(base: type[Any]) -> Iterator[CodeType]:
+    """Of all classes derived from ``base``, the code of their forwards."""
+    for kind in base.__subclasses__():
+        code = getattr(getattr(kind, "forward", None), "__code__", None)
+        if code is not None:
+            yield code
+        yield from _forwards(kind)
 
 
 def _add(counts: dict[Any, float], key: Any, flops: float) -> None:
