@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import memfit
 from live import peak, settled_peak
-from memfit import configurations, hardware
+from memfit import chunked, configurations, hardware
 from memfit.blocks import find_blocks
 from memfit.errors import ModelError, UsageError
 from memfit.forecast import Forecast
 from memfit.plans import Plan
+from memfit.simulation import chunks
 from memfit.simulation.fakes import fake_tensors, twin
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
@@ -314,6 +315,22 @@ def test_a_chunked_loss_is_that_of_a_real_step(name, policy):
     plan = switched(forecast.profile, policy=policy, **forecast.named)
     actual = measured(name, "full", plan, chunked_loss=True)
     assert plan.predicted_peak_bytes == pytest.approx(actual, rel=0.035)
+
+
+def test_one_chunk_stands_for_those_like_it(monkeypatch):
+    """All but the first and the last, in bytes, FLOPs and seconds."""
+    sizes = {**SIZES, "vocab_size": 50257, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
+    step = {"device": "rtx4090", "batch_size": 5, "length": 511, "precision": "bf16", "chunked_loss": True}
+    few = memfit.simulate(config, **step)
+    monkeypatch.setattr(chunks, "_CHUNKS", 10**9)
+    starts, cut = chunked._starts, []
+    monkeypatch.setattr(chunked, "_starts", lambda total, size: cut.append(-(-total // size)) or starts(total, size))
+    every = memfit.simulate(config, **step)
+    assert cut[0] > 3 and max(cut[1:]) > 3, "chunks, and parts of each"
+    assert few.peak == every.peak
+    assert few.forward_flops == every.forward_flops
+    assert few.step_seconds == pytest.approx(every.step_seconds, rel=1e-9)
 
 
 def test_what_a_chunked_loss_would_bring():

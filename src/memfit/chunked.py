@@ -13,6 +13,7 @@ in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,6 +175,11 @@ def _apply(*args: Any) -> Tensor:
     return result
 
 
+def _starts(total: int, size: int) -> Sequence[int]:
+    """Where the parts of ``total`` rows begin, ``size`` of them in each but the last."""
+    return range(0, total, size)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -202,14 +208,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = min(options.chunk_tokens, max(1, len(hidden)))
         buffer = torch.empty(size, len(weight), dtype=options.dtype, device=hidden.device)
         rows = max(1, _ROWS_BYTES.get(hidden.device.type, _OTHER_ROWS_BYTES) // max(1, len(weight) * wide.itemsize))
-        for start in range(0, len(hidden), size):
+        for start in _starts(len(hidden), size):
             chunk = hidden[start : start + size].to(options.dtype)
             logits = buffer[: len(chunk)]
             if bias is None:
                 torch.mm(chunk, head.t(), out=logits)
             else:
                 torch.addmm(bias.to(options.dtype), chunk, head.t(), out=logits)
-            for first in range(0, len(chunk), rows):
+            for first in _starts(len(chunk), rows):
                 at = slice(start + first, min(start + first + rows, start + len(chunk)))
                 part = logits[first : first + rows]
                 values = part.to(wide)

@@ -14,6 +14,9 @@ import torch
 
 from memfit import chunked
 from memfit.causal import head_of, language_models
+from memfit.simulation.ledger import Ledger
+
+_CHUNKS = 3
 
 
 class NotChunkedError(Exception):
@@ -77,3 +80,29 @@ def chunked_loss(model: torch.nn.Module, *, cuda: bool) -> Iterator[bool]:
         for module, head in heads:
             head.__dict__.pop("forward", None)
             module.__dict__.pop("_loss_function", None)
+
+
+@contextlib.contextmanager
+def chunks_alike(ledger: Ledger) -> Iterator[None]:
+    """Inside, one chunk of a loss stands for all but the first and the last, which are the ones that may differ."""
+    original = chunked._starts
+
+    def starts(total: int, size: int) -> Iterator[int]:
+        numbers = original(total, size)
+        if len(numbers) <= _CHUNKS:
+            yield from numbers
+            return
+        before = ledger.repeats
+        yield numbers[0]
+        ledger.repeats = before * (len(numbers) - 2)
+        try:
+            yield numbers[1]
+        finally:
+            ledger.repeats = before
+        yield numbers[-1]
+
+    chunked._starts = starts  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        chunked._starts = original

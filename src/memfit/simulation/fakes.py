@@ -12,9 +12,30 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+_TENSORS = ("_parameters", "_buffers", "_modules")
+
 
 def twin(model: torch.nn.Module) -> torch.nn.Module:
     """The same model with fake parameters and buffers on CPU; call it inside a `FakeTensorMode`. Nothing is copied."""
+    made: torch.nn.Module = copy.deepcopy(model, _fakes_of(model))
+    return made
+
+
+def empty(model: torch.nn.Module) -> None:
+    """Give a model that nobody else has fake parameters and buffers on CPU: as `twin`, in place."""
+    memo = _fakes_of(model)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = memo[id(tensor)]
+        own = vars(module)
+        for name in [name for name in own if name not in _TENSORS and _holds_tensors(own[name])]:
+            own[name] = copy.deepcopy(own[name], memo)
+
+
+def _fakes_of(model: torch.nn.Module) -> dict[int, Any]:
+    """By identity of the model's tensors, as `copy.deepcopy` takes them."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -23,10 +44,18 @@ def twin(model: torch.nn.Module) -> torch.nn.Module:
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = _empty(buffer)
-        for value in vars(module).values():
-            _add_tensors(value, memo)
-    made: torch.nn.Module = copy.deepcopy(model, memo)
-    return made
+        for name, value in vars(module).items():
+            if name not in _TENSORS:
+                _add_tensors(value, memo)
+    return memo
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    if type(value) is dict:
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, torch.Tensor)
 
 
 def _add_tensors(value: Any, memo: dict[int, Any]) -> None:

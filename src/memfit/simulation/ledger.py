@@ -29,6 +29,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops: Of all ops so far: a multiplication and an addition are two.
         seconds: Of all ops so far.
         looked_at_values: Whether Python asked for a value, which was answered with false, zero or 1.0.
+        repeats: How many ops each one stands for.
     """
 
     def __init__(self, op_seconds: OpSeconds, *, traffic: Traffic | None = None) -> None:
@@ -39,6 +40,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = 0.0
         self.seconds = 0.0
         self.looked_at_values = False
+        self.repeats = 1
         self._op_seconds = op_seconds
         self._traffic = traffic
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -112,8 +114,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = {id(t): t for t in tensors_in((args, kwargs, out))}
         moved = sum(t.numel() * t.element_size() for t in tensors.values())
         dtype = next((t.dtype for t in tensors.values() if t.dtype.is_floating_point), torch.float32)
-        self.flops += flops
-        self.seconds += self._op_seconds(func._schema.name, flops, moved, dtype)
+        self.flops += flops * self.repeats
+        self.seconds += self._op_seconds(func._schema.name, flops, moved, dtype) * self.repeats
 
 
 @contextlib.contextmanager

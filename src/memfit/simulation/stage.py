@@ -14,7 +14,7 @@ from memfit.hardware import Hardware
 from memfit.parallelism import Parallelism
 from memfit.sharding import class_name
 from memfit.simulation import cached
-from memfit.simulation.chunks import NotChunkedError, chunked_loss
+from memfit.simulation.chunks import NotChunkedError, chunked_loss, chunks_alike
 from memfit.simulation.fakes import fake_tensors, uncheckpointed
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.parallel import MakeOptimizer, Team, process_group
@@ -141,6 +141,7 @@ class Stage:
             try:
                 with (
                     team.around(ledger),
+                    chunks_alike(ledger),
                     Rehearsal(job.model, blocks, ledger, doubles=doubles, team=team) as rehearsal,
                     ledger,
                     kernels,

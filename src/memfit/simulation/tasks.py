@@ -16,7 +16,7 @@ from memfit.arguments import check_positive
 from memfit.errors import ModelError, UsageError
 from memfit.predictions import PRECISIONS, TASKS
 from memfit.simulation import quantized
-from memfit.simulation.fakes import twin
+from memfit.simulation.fakes import empty
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod")
@@ -153,7 +153,7 @@ def build(
             title = f"{title} with LoRA"
             model = _with_lora(model, lora, lora_targets, lora_dropout)
     if device is None:
-        model = twin(model)
+        empty(model)
     _freeze(model, freeze)
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(f"No parameter of {type(model).__name__} trains: nothing is kept for a backward.")
