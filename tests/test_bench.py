@@ -199,9 +199,16 @@ def test_the_committed_cells():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(host.find_allocator() is None, reason="there is no tcmalloc")
-def test_real_steps(folder, tmp_path):
-    """Counted in tensors within 1%; the resident set within 8% of what is expected, and never above the highest."""
+@pytest.mark.parametrize(
+    ("allocator", "share"),
+    [
+        pytest.param("", 0.08, marks=pytest.mark.skipif(host.find_allocator() is None, reason="there is no tcmalloc")),
+        pytest.param("system", 0.15, marks=pytest.mark.skipif(host.allocator() != "glibc", reason="it is not glibc's")),
+    ],
+)
+def test_real_steps(folder, tmp_path, monkeypatch, allocator, share):
+    """Counted in tensors within 1%; the resident set within what an allocator can do, and never above the highest."""
+    monkeypatch.setenv("MEMFIT_ALLOCATOR", allocator)
     path = tmp_path / "cells.json"
     words = ["bench", folder, "--batch", "8", "--seq", "256", "--dtype", "fp32", "--train", "lora"]
     assert main([*words, "--plans", "plain,full", "-o", str(path)]) == 0
@@ -213,5 +220,5 @@ def test_real_steps(folder, tmp_path):
         assert cell["measured"]["peak_of_step"]
         assert cell["measured"]["peak_bytes"] <= cell["predicted"]["peak_bytes"]["high"]
         assert cell["ratios"]["tensors"] == pytest.approx(1, rel=0.01)
-        assert cell["ratios"]["peak"] == pytest.approx(1, rel=0.08)
+        assert cell["ratios"]["peak"] == pytest.approx(1, rel=share)
     assert found["origin"]["versions"]["torch"] == torch.__version__

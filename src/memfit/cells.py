@@ -26,7 +26,7 @@ class Measured:
         unheld_step_seconds: The same without a budget.
         beside_bytes: Held between steps beside tensors: by the process, or on CUDA by the allocator.
         allocator: That ran.
-        held: Whether the heap was held to the highest that was predicted, as `memfit run --budget` holds it.
+        held: Whether the process was held to the highest that was predicted, as `memfit run --budget` holds it.
         peak_of_step: Whether the kernel could tell the peak of a step; else it is that of the whole process.
     """
 

@@ -139,6 +139,10 @@ class Fitted:
         self.steps = 0
         self.state_reserved = state_reserved
 
+    def hold(self, budget: int) -> None:
+        """Keep steps within a budget, in bytes, that the plan was not made for."""
+        self.limits = limits(self.profile, simulate(self.profile, self.plan), self.indices, budget)
+
     def policy_of(self, state: ProgramState, index: int, name: str, *, smaller: bool) -> Policy | None:
         """What it has block call ``index`` do, if that is ``name`` and runs the program, or a ``smaller`` one."""
         policy = self.policies.get(index)

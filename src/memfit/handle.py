@@ -28,7 +28,6 @@ from memfit.fitted import unfitted_on_error
 from memfit.heads import ChunkedLoss
 from memfit.hooks import CountHook, ModelHook, OptimizerHook
 from memfit.keeper import Keeper
-from memfit.limits import Limits
 from memfit.memory import Meter, meter
 from memfit.modes import Modes
 from memfit.occasions import Occasions
@@ -274,9 +273,9 @@ class Handle:
     # Reading
 
     def _hold(self, budget: int) -> bool:
-        """Let the plans in force hold a budget, in bytes, where the heap takes a limit; whether there are any."""
+        """Let the plans in force hold a budget, in bytes; whether there are any."""
         for _, fitted in self._planned:
-            fitted.limits = Limits(budget)
+            fitted.hold(budget)
         return bool(self._planned)
 
     def optimizer_event(self, optimizer: torch.optim.Optimizer, *, before: bool) -> None:

@@ -128,15 +128,16 @@ class _Stepper:
         self._optimizer.zero_grad()
 
     def hold(self, budget: int) -> bool:
-        """Hold the process to a budget from now on, as a plan for it does; whether the heap can be held."""
-        limited = heap()
-        if limited is None:
-            return False
+        """Hold the process to a budget from now on, as a plan for it does; whether there is a way."""
         host.release()
-        limited.settle()
-        if self._handle is None or not self._handle._hold(budget):
+        limited = heap()
+        if limited is not None:
+            limited.settle()
+        if self._handle is not None and self._handle._hold(budget):
+            return True
+        if limited is not None:
             limited.limit(budget - int(MARGIN_SHARE * budget))
-        return True
+        return limited is not None
 
     def held_bytes(self) -> int:
         """What tensors take between two steps."""

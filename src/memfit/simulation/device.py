@@ -28,8 +28,12 @@ UNHELD_SLACK = (0.18, 0.4)
 
 def slack(entry: Hardware) -> tuple[float, float]:
     """What the allocator of a device holds beside tensors, as a part of them: expected, and at most."""
-    held = host.allocator() == "tcmalloc" or (host.may_preload() and host.find_allocator() is not None)
-    return UNHELD_SLACK if entry.backend == "cpu" and not held else SLACK[entry.backend]
+    return UNHELD_SLACK if entry.backend == "cpu" and not takes_limit() else SLACK[entry.backend]
+
+
+def takes_limit() -> bool:
+    """Whether the allocator of a training process on CPU keeps a budget by itself."""
+    return host.allocator() == "tcmalloc" or (host.may_preload() and host.find_allocator() is not None)
 
 
 def limit_of(budget: int | float | str | None, entry: Hardware) -> int | str:
