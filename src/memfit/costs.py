@@ -20,7 +20,11 @@ COPY_BYTES_PER_SECOND = {"cpu": 6e9, "cuda": 1e12}
 
 
 def profile_program(
-    program: Program, *, held: Set[int] = frozenset(), demoted: Set[int] = frozenset()
+    program: Program,
+    *,
+    held: Set[int] = frozenset(),
+    owned: Set[int] = frozenset(),
+    demoted: Set[int] = frozenset(),
 ) -> ProgramProfile:
     """Reduce a recording to numbers.
 
@@ -28,6 +32,7 @@ def profile_program(
         program: A verified recording.
         held: Nodes whose storage something else was seen to keep alive: keeping them is free, dropping them frees
             nothing.
+        owned: Inputs without a gradient that nobody else keeps; else they are taken for everybody's, as masks are.
         demoted: Nodes that recipes were seen to bring back with other bits: they are kept, and that costs.
     """
     measured = sum(op.seconds for op in program.ops)
@@ -44,7 +49,7 @@ def profile_program(
     )
     return ProgramProfile(
         key=program.key,
-        nodes=nodes_of(program, held=held, demoted=demoted),
+        nodes=nodes_of(program, held=held, owned=owned, demoted=demoted),
         ops=costs,
         saved=tuple(s.value.node for s in program.saved),
         outputs=tuple(dict.fromkeys(value.node for value in program.outputs)),
@@ -55,24 +60,26 @@ def profile_program(
     )
 
 
-def nodes_of(program: Program, *, held: Set[int], demoted: Set[int]) -> tuple[Node, ...]:
+def nodes_of(program: Program, *, held: Set[int], demoted: Set[int], owned: Set[int] = frozenset()) -> tuple[Node, ...]:
     """The values of a recording, and what keeping each costs. The arguments are those of `profile_program`."""
     saved = [s.value.node for s in program.saved]
     counts = {n: saved.count(n) for n in set(saved)}
     return tuple(
-        _node(program, i, node, counts.get(i, 0), held=i in held, demoted=i in demoted)
+        _node(program, i, node, counts.get(i, 0), held=i in held, owned=i in owned, demoted=i in demoted)
         for i, node in enumerate(program.nodes)
     )
 
 
-def _node(program: Program, index: int, node: ProgramNode, num_saved: int, *, held: bool, demoted: bool) -> Node:
+def _node(
+    program: Program, index: int, node: ProgramNode, num_saved: int, *, held: bool, owned: bool, demoted: bool
+) -> Node:
     kind: NodeKind = "computed"
     keep: int | None = None
     must_keep = False
     if node.leaf is not None:
         kind = "input" if node.leaf.kind == "input" else "parameter"
         if kind == "input":
-            keep = node.storage_bytes if node.requires_grad else 0  # masks and positions are everybody's
+            keep = node.storage_bytes if node.requires_grad or owned else 0
     elif node.producer is None:
         kind = "constant"
         keep, must_keep = (0, True) if num_saved else (None, False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memfit.programs import Program, Value
+from memfit.sharding import local
 from memfit.simulation.doubles import Template
 from memfit.simulation.recording import FakeRecorder
 
@@ -31,6 +33,7 @@ class Call:
 
     Attributes:
         tensors: Its arguments, while it runs.
+        inputs: Storages of its arguments.
         parked: What autograd would save, and what is returned for it, until the forward ends (late drop).
         outputs: Identity and storage of each tensor that it returned.
         program: What it ran.
@@ -49,11 +52,13 @@ class Call:
         made: By node, storages of what autograd would have saved.
         alive: Those of them that are alive when the backward of the step begins: somebody else holds them.
         input_alive: Whether that holds for its linked input.
+        owned: Arguments that no other call has and nobody else holds any more: a block that keeps one alone does.
     """
 
     name: str
     index: int
     tensors: list[torch.Tensor] = field(default_factory=list)
+    inputs: list[StorageWeakRef] = field(default_factory=list)
     parked: list[tuple[Parked, torch.Tensor]] = field(default_factory=list)
     outputs: list[tuple[int, StorageWeakRef]] = field(default_factory=list)
     recorder: FakeRecorder | None = None
@@ -77,6 +82,7 @@ class Call:
     made: dict[int, StorageWeakRef] = field(default_factory=dict)
     alive: set[int] = field(default_factory=set)
     input_alive: bool = False
+    owned: set[int] = field(default_factory=set)
 
 
 def saved_by(node: Any, call: Call) -> set[int]:
@@ -84,3 +90,23 @@ def saved_by(node: Any, call: Call) -> set[int]:
     raw = getattr(node, "_raw_saved_tensors", ()) or ()
     parked = [getattr(saved, "data", None) for saved in raw]
     return {each.index for each in parked if isinstance(each, Parked) and each.call is call}
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> list[StorageWeakRef]:
+    """Where tensors lie, without keeping that."""
+    return [StorageWeakRef(local(tensor).untyped_storage()) for tensor in tensors]  # type: ignore[no-untyped-call]
+
+
+def look(calls: Sequence[Call]) -> None:
+    """The backward of the step begins: what of each call is held by somebody else?"""
+    users = Counter(number for call in calls for number in {weak.cdata for weak in call.inputs})
+    for call in calls:
+        call.alive = {number for number, weak in call.made.items() if not _gone(weak)}
+        call.owned = {i for i, weak in enumerate(call.inputs) if users[weak.cdata] == 1 and _gone(weak)}
+        if call.input is not None:
+            call.input_alive = not _gone(calls[call.index - 1].outputs[call.input[1]][1])
+
+
+def _gone(weak: StorageWeakRef) -> bool:
+    gone: bool = weak.expired()  # type: ignore[no-untyped-call]
+    return gone

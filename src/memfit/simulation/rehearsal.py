@@ -22,7 +22,7 @@ from memfit.profiler import Now, Reading, step_profile
 from memfit.profiles import ProgramProfile
 from memfit.programs import Leaf
 from memfit.signature import parameter_slots, read_arguments, tensors_in
-from memfit.simulation.call import Call, Parked, saved_by
+from memfit.simulation.call import Call, Parked, look, saved_by, storages
 from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
 from memfit.simulation.exchanges import with_exchanges, without_gradients
 from memfit.simulation.ledger import Ledger
@@ -124,7 +124,7 @@ class Rehearsal:
             if self._stack or not torch.is_grad_enabled():
                 return
             tensors, rest, _ = read_arguments(args, kwargs, objects=False)
-            call = Call(name, len(self._calls), tensors)
+            call = Call(name, len(self._calls), tensors, inputs=storages(tensors))
             if self._together:
                 call.forward_peak = self._ledger.peak
                 for tensor in tensors:
@@ -168,7 +168,7 @@ class Rehearsal:
         self._ledger.seconds += made.seconds
         self._ledger.flops += made.flops
         trained = [p for p in self._modules[name].parameters() if p.requires_grad]  # gathered, where it is sharded
-        return stand_in(made, [*call.tensors, *trained], partial(self._enter_backward, call))
+        return stand_in(made, [*call.tensors, *trained], partial(self._begin_backward, call))
 
     def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._stack or module is not self._modules[self._stack[-1].name]:
@@ -198,6 +198,8 @@ class Rehearsal:
             made = template(call.index, call.program, output, seconds=seconds, flops=flops)
             if made is not None and call.key is not None and kind_of(module) == self._during[call.name]:
                 self._templates.setdefault(call.key, []).append(made)
+            if outputs[0].grad_fn is not None:
+                outputs[0].grad_fn.register_prehook(lambda gradients: self._begin_backward(call))
         call.tensors, call.parked = [], []
         self._outside_flops = self._ledger.flops
         self._ledger.reset_peak()  # what peaked inside is the program's
@@ -236,24 +238,22 @@ class Rehearsal:
         return pack
 
     def _unpack(self, parked: Parked) -> torch.Tensor:
-        if parked.call.backward_start is None:
-            self._enter_backward(parked.call)
+        self._begin_backward(parked.call)
         if parked.tensor is not None:
             return parked.tensor
         value = parked.value
         return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=parked.device)
 
-    def _enter_backward(self, call: Call) -> None:
+    def _begin_backward(self, call: Call) -> None:
+        """The gradient of its output is there. What is made of that before anything is unpacked is in its program."""
+        if call.backward_start is not None:
+            return
         ledger = self._ledger
         call.before_peak = ledger.peak
         if not self._num_backward:
             self._loss_peak = ledger.peak
             self._outside_flops = ledger.flops - self._outside_flops
-            for each in self._calls:
-                each.alive = {n for n, weak in each.made.items() if not weak.expired()}  # type: ignore[no-untyped-call]
-                if each.input is not None:
-                    weak = self._calls[each.index - 1].outputs[each.input[1]][1]
-                    each.input_alive = not weak.expired()  # type: ignore[no-untyped-call]
+            look(self._calls)
         call.backward_start = ledger.now
         call.backward_seconds, call.backward_flops = ledger.seconds, ledger.flops
         call.backward_order = self._num_backward

@@ -12,6 +12,9 @@ from memfit.profiles import ProgramProfile, StepProfile
 from memfit.simulation.call import Call
 from memfit.simulation.doubles import Template
 
+Held = tuple[frozenset[int], frozenset[int]]
+"""Nodes of a program that something outside its blocks keeps alive, and inputs that nothing else does."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsed:
@@ -27,7 +30,7 @@ class Rehearsed:
         step_seconds: Of the step that recomputes nothing.
         optimizer_seconds: Of which the optimizer's step.
         optimizer_bytes: What that had beside what was there before it, at its highest.
-        held: By program, nodes that something outside its blocks keeps alive.
+        held: By program, nodes that something outside its blocks keeps alive, and inputs that nothing else does.
         looked_at_values: Whether the model asked for values.
         draws: Whether blocks draw random numbers.
         gradients: At each event of the profile.
@@ -47,7 +50,7 @@ class Rehearsed:
     step_seconds: float
     optimizer_seconds: float
     optimizer_bytes: int
-    held: dict[str, frozenset[int]]
+    held: dict[str, Held]
     looked_at_values: bool
     draws: bool
     gradients: tuple[int, ...]
@@ -110,20 +113,26 @@ def outlived(call: Call) -> set[int]:
     return {number for number in call.alive if nodes[number].storage not in taken}
 
 
-def held_nodes(calls: Sequence[Call]) -> dict[str, frozenset[int]]:
-    """By program, what something else kept alive of each of its recorded calls."""
-    held: dict[str, frozenset[int]] = {}
+def held_nodes(calls: Sequence[Call]) -> dict[str, Held]:
+    """By program, what something else keeps alive of each of its recorded calls, and which inputs nothing else does."""
+    held: dict[str, Held] = {}
     for call in calls:
         if call.program is not None and call.template is None and call.backward_start is not None:
             alive = frozenset(outlived(call))
-            held[call.program.key] = held.get(call.program.key, alive) & alive
+            owned = frozenset(
+                number
+                for number, node in enumerate(call.program.nodes)
+                if node.leaf is not None and node.leaf.kind == "input" and node.leaf.index in call.owned
+            )
+            before = held.get(call.program.key, (alive, owned))
+            held[call.program.key] = before[0] & alive, before[1] & owned
     return held
 
 
 def profiles(
     calls: Sequence[Call],
     took: Mapping[int, tuple[float, float, float]],
-    held: Mapping[str, frozenset[int]],
+    held: Mapping[str, Held],
     like: Rehearsed | None,
 ) -> dict[str, ProgramProfile]:
     """Of every program: what it costs.
@@ -142,7 +151,8 @@ def profiles(
         if like is not None and like.held.get(program.key) == held[program.key]:
             found[program.key] = like.profile.programs[program.key]
             continue
-        profile = profile_program(program, held=held[program.key])
+        alive, owned = held[program.key]
+        profile = profile_program(program, held=alive, owned=owned)
         found[program.key] = replace(profile, backward_seconds=took[call.index][0])
     return found
 
