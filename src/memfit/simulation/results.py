@@ -11,6 +11,7 @@ from memfit.profiler import CallReading
 from memfit.profiles import ProgramProfile, StepProfile
 from memfit.simulation.call import Call
 from memfit.simulation.doubles import Template
+from memfit.simulation.whole import whole_profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +143,13 @@ def profiles(
         if like is not None and like.held.get(program.key) == held[program.key]:
             found[program.key] = like.profile.programs[program.key]
             continue
+        seconds = took[call.index][0]
+        if call.whole:
+            watched = [c.watch.events for c in calls if c.watch and c.program and c.program.key == program.key]
+            found[program.key] = whole_profile(program, watched[-1], backward_seconds=seconds, held=held[program.key])
+            continue
         profile = profile_program(program, held=held[program.key])
-        found[program.key] = replace(profile, backward_seconds=took[call.index][0])
+        found[program.key] = replace(profile, backward_seconds=seconds)
     return found
 
 
