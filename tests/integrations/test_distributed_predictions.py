@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -81,6 +82,8 @@ SPLIT = [name for name in CELLS if name.startswith("tp")]
 TWO = [name for name in CELLS if name != "hybrid fsdp" and name not in SPLIT]
 FOUR = ["fsdp", "hybrid fsdp", "ddp"]
 FITTED = ["fsdp", "ddp"]
+SPLIT_FITTED = ["tp", "tp, qwen3"]
+"""Without accumulation: what gloo's thread lets go of in the first backward would count in the second."""
 
 
 def wrap(model: torch.nn.Module, options: dict[str, Any]) -> Any:
@@ -143,6 +146,8 @@ def measured_fitted(held: int, wrapped: Any, optimizer: Any, step: Callable[[], 
         step()  # programs are recorded and verified
     peaks = []
     for _ in range(4):
+        gc.collect()
+        time.sleep(0.1)  # until that thread has let go of what the step before had
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             step()
         events = profile.profiler.kineto_results.events()
@@ -179,7 +184,7 @@ def real() -> dict[int, list[Any]]:
 
 @pytest.fixture(scope="module")
 def split() -> list[Any]:
-    return run(play, [*SPLIT, *(f"{name}; fitted" for name in SPLIT)], ranks=2)
+    return run(play, [*SPLIT, *(f"{name}; fitted" for name in SPLIT_FITTED)], ranks=2)
 
 
 def predicted(cell: str, num_devices: int) -> int:
@@ -203,12 +208,11 @@ def test_the_peak_is_that_of_real_ranks(name, ranks, real):
     assert predicted(name, ranks) == pytest.approx(actual, rel=WITHIN)
 
 
-@pytest.mark.parametrize("fitted", ["", "; fitted"])
-@pytest.mark.parametrize("name", SPLIT)
-def test_the_peak_is_that_of_ranks_that_split_layers(name, fitted, split):
+@pytest.mark.parametrize("name", [*SPLIT, *(f"{name}; fitted" for name in SPLIT_FITTED)])
+def test_the_peak_is_that_of_ranks_that_split_layers(name, split):
     """Fitted blocks of DTensors run again as a whole."""
-    found = values([outcome[name + fitted] for outcome in values(split)])
-    assert predicted(name + fitted, 2) == pytest.approx(min(found), rel=WITHIN)
+    found = values([outcome[name] for outcome in values(split)])
+    assert predicted(name, 2) == pytest.approx(min(found), rel=WITHIN)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
