@@ -208,6 +208,7 @@ def test_a_process_that_is_a_rank_already():
     [
         (1, {"fsdp": "full"}, "needs several devices, and there is 1"),
         (1, {"ddp": True}, "needs several devices"),
+        (1, {"tp": 2}, "`tp` needs several devices"),
         (8, {"fsdp": "half"}, "no FSDP strategy `half`"),
         (8, {"fsdp": "hybrid:3"}, "do not make several groups of 3"),
         (8, {"fsdp": "hybrid:8"}, "do not make several groups of 8"),

@@ -137,7 +137,8 @@ def test_equal_blocks_are_passed_over_without_a_trace(kind):
             max_window_layers=BLOCKS,
         )
     (first, _, passed), (second, _, none) = (rehearsed(2, config, doubles=doubles) for doubles in (True, False))
-    assert (passed, none) == (2, 0)
+    hooked = kind == "qwen3" and not SPLITS_EMBEDDING  # transformers 5.17 hooks modules, which all have to run then
+    assert (passed, none) == (0 if hooked else 2, 0)
     assert first.profile.events == second.profile.events
     assert first.profile.programs.keys() == second.profile.programs.keys()
     assert first.gradients == second.gradients

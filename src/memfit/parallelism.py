@@ -131,7 +131,7 @@ def _fsdp(word: Any, num_devices: int) -> Parallelism:
 def _check_tp(tp: Any, num_devices: int) -> None:
     if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
         raise UsageError(f"`tp={tp}` is no number of devices.")
-    if num_devices % tp:
+    if num_devices > 1 and num_devices % tp:
         raise UsageError(f"`tp={tp}` does not divide {num_devices} devices.")
 
 
