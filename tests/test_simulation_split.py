@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed._functional_collectives import all_reduce
 
 import memfit
 from memfit import cli, hardware
@@ -104,6 +106,41 @@ def test_what_is_sent(number):
     assert passed == 0
     reductions = BLOCKS * (2 + 5) + 1 + SPLITS_EMBEDDING
     assert traffic.sent_bytes == (number - 1) / number * (2 * reductions * HIDDEN + LOGITS)
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_what_a_collective_gives_is_there_once(fake):
+    """Waiting makes no other tensor, and what stands for the result until then has no memory."""
+    with process_group(parallelism(4, tp=4)), fake_tensors() if fake else nullcontext():
+        given = torch.zeros(1000)
+        traffic, functional = Traffic(hardware.find("h100"), 4), torch.ops._c10d_functional
+        with Ledger(lambda *_: 0.0, traffic=traffic) as ledger:
+            reduced = all_reduce(given, "sum", torch.distributed.group.WORLD)
+            assert ledger.now == 4000
+            assert (reduced + 1).shape == (1000,)  # it is waited for
+            assert ledger.now == 4000
+            name = torch.distributed.group.WORLD.group_name
+            gathered = functional.wait_tensor(functional.all_gather_into_tensor(given, 4, name))
+            assert gathered.shape == (4000,)
+            assert ledger.now == ledger.peak == 4000 + 16000
+            del gathered
+            assert ledger.now == 4000
+            del reduced
+        assert ledger.now == 0
+        assert traffic.sent_bytes == 3 / 4 * (2 * 4000 + 16000)
+
+
+def test_what_a_backward_leaves_and_frees():
+    """Watched in the step: gradients of the block's part and of its input stay, all else goes; no op was seen twice."""
+    program = next(iter(forecast(2).profile.programs.values()))
+    sizes = {event.index: event.size for event in program.timeline if event.kind == "alloc"}
+    freed = [event.index for event in program.timeline if event.kind == "free"]
+    assert len(freed) == len(set(freed))
+    left = sum(size for index, size in sizes.items() if index not in freed)
+    assert left == 4 * (MATRICES // 2 + 2 * WIDTH) + HIDDEN
+    for kind in ("unpack", "release"):
+        seen = [event.index for event in program.timeline if event.kind == kind]
+        assert sorted(seen) == list(range(len(program.saved)))
 
 
 def test_what_is_sent_takes_its_time():
