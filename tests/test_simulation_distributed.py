@@ -208,6 +208,7 @@ def test_a_process_that_is_a_rank_already():
     [
         (1, {"fsdp": "full"}, "needs several devices, and there is 1"),
         (1, {"ddp": True}, "needs several devices"),
+        (1, {"tp": 2}, "`tp` needs several devices"),
         (8, {"fsdp": "half"}, "no FSDP strategy `half`"),
         (8, {"fsdp": "hybrid:3"}, "do not make several groups of 3"),
         (8, {"fsdp": "hybrid:8"}, "do not make several groups of 8"),
@@ -217,7 +218,8 @@ def test_a_process_that_is_a_rank_already():
         (8, {"fsdp": "full", "zero": 1}, "`fsdp` and `zero` do not go together"),
         (8, {"tp": 3}, "`tp=3` does not divide 8 devices"),
         (8, {"tp": 0}, "`tp=0` is no number"),
-        (8, {"tp": 2}, "Tensor parallelism is not predicted yet"),
+        (8, {"tp": 2}, "`tp=2` on 8 devices makes 4 groups"),
+        (8, {"tp": 8, "fsdp": "full"}, "`fsdp` and `tp` do not go together"),
     ],
 )
 def test_what_cannot_be(devices, options, message):
@@ -229,6 +231,9 @@ def test_words():
     assert parallelism(8) == Parallelism(num_devices=8)
     assert parallelism(8, tp=1, fsdp="grad").words == "FSDP2 of gradients and state over 8 devices"
     assert parallelism(8, fsdp="hybrid:4").mesh == (2, 4)
+    split = parallelism(8, tp=8)
+    assert (split.words, split.mesh) == ("tensor parallel over 8 devices", (8,))
+    assert (split.num_batches, parallelism(8, ddp=True).num_batches) == (1, 8)
 
 
 def test_a_sharded_head_has_no_chunked_loss():

@@ -188,13 +188,14 @@ class Forecast:
                 entry=self._entry,
                 title=", ".join(filter(None, [title, together.words])),
                 accumulate=accumulate,
-                num_devices=num_devices,
+                num_batches=together.num_batches,
                 tokens=job.tokens,
                 process_bytes=process,
                 num_parameters=num_parameters(job.model),
                 num_trainable=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
                 notes=(*stage.notes, *job.notes, *notes_of(together, self._entry)),
-                sizes=sizes_of(job, task),
+                sizes=None if stage.splits else sizes_of(job, task),
+                parts=not stage.splits,
             )
             self._situation = Situation(
                 task=task,
@@ -202,7 +203,7 @@ class Forecast:
                 lora=any("lora_" in name for name, _ in job.model.named_parameters()),
                 draws=rehearsed.draws,
             )
-            compares = compares and cache_rows is None and not stage.shards
+            compares = compares and cache_rows is None and not stage.shards and not stage.splits
             self._job = job if compares and job.contrast is not None else None
             self._cached: dict[int, Pricing] = {}
             self._spared: Pricing | None = None
@@ -220,6 +221,8 @@ class Forecast:
         found = replace(found, alternatives=(*found.alternatives, *self._others(limit, found.plan)))
         if stack is None:
             return found
+        if self._stage.splits:
+            raise UsageError(f"What `{stack.name}` has for split layers is not known: leave `stack` or `tp` out.")
         return replace(found, stack=best_setting(stack, self._pricing, found, self._situation))
 
     def solve(self, budget: int | Literal["min"]) -> Plan:
@@ -228,11 +231,13 @@ class Forecast:
         Raises:
             InfeasibleBudgetError: There is none.
         """
-        return self._placed(solve(self.profile, budget=budget, **self.named))
+        return self._placed(self._solve(self._pricing, budget))
 
     def frontier(self, count: int = 9) -> list[Prediction]:
         """Predictions from the smallest peak to the plain one, each the fastest for its peak."""
         smallest = self.solve("min")
+        if self._stage.splits:
+            return [self.of(smallest)]
         low, high = smallest.predicted_peak_bytes, smallest.plain_peak_bytes
         found = []
         for number in range(count):
@@ -263,12 +268,21 @@ class Forecast:
 
     def _within(self, pricing: Pricing, limit: int | str | None, others: tuple[Alternative, ...] = ()) -> Prediction:
         if not isinstance(limit, int):
-            return pricing.predict(self._placed(solve(pricing.profile, budget="min", **self.named)), others=others)
+            return pricing.predict(self._placed(self._solve(pricing, "min")), others=others)
         try:
-            plan = solve(pricing.profile, budget=pricing.tensor_bytes(limit), **self.named)
+            plan = self._solve(pricing, pricing.tensor_bytes(limit))
         except InfeasibleBudgetError:
-            plan = solve(pricing.profile, budget="min", **self.named)
+            plan = self._solve(pricing, "min")
         return pricing.predict(self._placed(replace(plan, budget_bytes=limit)), limit, others)
+
+    def _solve(self, pricing: Pricing, budget: int | Literal["min"]) -> Plan:
+        """What `fit` does: blocks whose layers are split run again as a whole, whatever the budget."""
+        if not self._stage.splits:
+            return solve(pricing.profile, budget=budget, **self.named)
+        plan = switched(pricing.profile, policy="full", **self.named)
+        if budget != "min" and plan.predicted_peak_bytes > budget:
+            raise InfeasibleBudgetError(budget, plan.predicted_peak_bytes, plan.peak_event)
+        return plan
 
     def _others(self, limit: int | str | None, plan: Plan) -> Iterator[Alternative]:
         """What else would bring something, beside today's switches."""

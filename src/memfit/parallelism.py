@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from memfit.errors import UsageError
 
-Kind = Literal["replicas", "ddp", "fsdp", "zero"]
+Kind = Literal["replicas", "ddp", "fsdp", "zero", "tp"]
 FSDP_WORDS = ("full", "grad", "hybrid:N")
 ZERO_STAGES = (1, 2, 3)
 
@@ -18,7 +18,7 @@ class Parallelism:
 
     Attributes:
         kind: ``replicas``: nothing, each holds the whole model and reduces nothing; ``ddp``, ``fsdp`` (FSDP2) and
-            ``zero`` (DeepSpeed's).
+            ``zero`` (DeepSpeed's); ``tp``: tensor parallelism over all of them.
         num_devices: That train.
         stage: Of ZeRO.
         reshards: FSDP2: whether a block's parameters are freed after its forward and gathered again for its backward.
@@ -34,10 +34,17 @@ class Parallelism:
     @property
     def mesh(self) -> tuple[int, ...]:
         """Shape of the device mesh that parameters are sharded over, as plans have it; empty where they are whole."""
+        if self.kind == "tp":
+            return (self.num_devices,)
         if self.kind != "fsdp":
             return ()
         rest = self.num_devices // self.shard_size
         return (self.shard_size,) if rest == 1 else (rest, self.shard_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of a step: of tensor parallel devices all have the same."""
+        return 1 if self.kind == "tp" else self.num_devices
 
     @property
     def words(self) -> str:
@@ -48,6 +55,8 @@ class Parallelism:
             return f"DDP over {self.num_devices} devices"
         if self.kind == "zero":
             return f"ZeRO-{self.stage} over {self.num_devices} devices"
+        if self.kind == "tp":
+            return f"tensor parallel over {self.num_devices} devices"
         hybrid = self.shard_size < self.num_devices
         how = f"in groups of {self.shard_size} " if hybrid else "" if self.reshards else "of gradients and state "
         return f"FSDP2 {how}over {self.num_devices} devices"
@@ -64,10 +73,11 @@ def parallelism(
         fsdp: FSDP2: ``full``, ``grad`` (parameters stay gathered between forward and backward) or ``hybrid:N``
             (``full`` among N devices, copies of which are kept alike).
         zero: DeepSpeed's ZeRO: stage 1 or 2. Stage 3 is not predicted yet.
-        tp: Tensor parallel degree. Beyond 1 it is not predicted yet.
+        tp: Tensor parallel degree: the number of all devices, or 1.
 
     Raises:
-        UsageError: Two of them at once, one for a single device, or a word or number that means nothing.
+        UsageError: Two of them at once, one for a single device, tensor parallel groups that are not all devices, or a
+            word or number that means nothing.
     """
     asked = {"ddp": ddp or None, "fsdp": fsdp, "zero": zero, "tp": None if tp == 1 else tp}
     given = [name for name, value in asked.items() if value is not None]
@@ -95,10 +105,12 @@ def parallelism(
                 "same devices; or give `zero` 1 or 2."
             )
         return Parallelism(kind="zero", num_devices=num_devices, stage=int(zero), shard_size=num_devices)
-    raise UsageError(
-        f"Tensor parallelism is not predicted yet: leave `tp={tp}` out. `fsdp` shards parameters, gradients and "
-        "optimizer state over the same devices."
-    )
+    if tp < num_devices:
+        raise UsageError(
+            f"`tp={tp}` on {num_devices} devices makes {num_devices // tp} groups, and what joins groups is not "
+            f"predicted: give as many devices as `tp` says, such as `--gpus {tp}xh100` (`num_devices={tp}`), or `fsdp`."
+        )
+    return Parallelism(kind="tp", num_devices=num_devices)
 
 
 def _fsdp(word: Any, num_devices: int) -> Parallelism:
@@ -119,7 +131,7 @@ def _fsdp(word: Any, num_devices: int) -> Parallelism:
 def _check_tp(tp: Any, num_devices: int) -> None:
     if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
         raise UsageError(f"`tp={tp}` is no number of devices.")
-    if num_devices % tp:
+    if num_devices > 1 and num_devices % tp:
         raise UsageError(f"`tp={tp}` does not divide {num_devices} devices.")
 
 

@@ -71,6 +71,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return shard if isinstance(shard, torch.Tensor) else tensor
 
 
+def as_dtensor(tensor: torch.Tensor, layout: Any) -> torch.Tensor:
+    """The DTensor whose local tensor is ``tensor``; ``layout`` as another DTensor has it."""
+    from torch.distributed.tensor import DTensor
+
+    made: torch.Tensor = DTensor(tensor, layout, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
+
+
 def class_name(module: torch.nn.Module) -> str:
     """Of the user's class: `fully_shard` makes a subclass of it, with another name."""
     kind = type(module)

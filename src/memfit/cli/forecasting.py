@@ -77,7 +77,9 @@ def _add_together(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ddp", action="store_true", help="DistributedDataParallel: whole models, reduced gradients")
     group.add_argument("--fsdp", metavar="HOW", help="FSDP2: `full`, `grad`, or `hybrid:N` within groups of N devices")
     group.add_argument("--zero", type=int, metavar="STAGE", help="DeepSpeed's ZeRO: 1 or 2; 3 is not predicted yet")
-    group.add_argument("--tp", type=int, metavar="N", help="tensor parallel degree; not predicted yet beyond 1")
+    group.add_argument(
+        "--tp", type=int, metavar="N", help="tensor parallel over all N devices, as transformers does it"
+    )
 
 
 def _together(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +11,46 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memfit.programs import Program, Value
-from memfit.sharding import local
+from memfit.sharding import as_dtensor, local
 from memfit.simulation.doubles import Template
+from memfit.simulation.ledger import Ledger
 from memfit.simulation.recording import FakeRecorder
+from memfit.simulation.whole import BackwardWatch
 
 
 @dataclass(slots=True, eq=False)
 class Parked:
-    """What autograd would have saved: its geometry; the tensor itself if it is a parameter, or the block returns it."""
+    """What autograd would have saved: its geometry; the tensor itself if it is a parameter, or the block returns it.
+
+    Attributes:
+        layout: Of a DTensor, whose local tensor ``value`` is.
+    """
 
     call: Call
     index: int
     value: Value
     device: torch.device
     tensor: torch.Tensor | None
+    layout: Any = None
+
+    def __del__(self) -> None:
+        if self.call.watch is not None:
+            self.call.watch.released(self.index)
+
+    def found(self) -> torch.Tensor:
+        """What autograd gets: the tensor itself, or an empty one."""
+        watch, watcher = self.call.watch, None
+        if watch is not None:
+            watch.unpacked(self.index)
+        if self.tensor is not None:
+            return self.tensor
+        value, ledger = self.value, self.call.ledger
+        if ledger is not None:
+            ledger.watcher, watcher = None, ledger.watcher
+        made = torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=self.device)
+        if ledger is not None:
+            ledger.watcher = watcher
+        return made if self.layout is None else as_dtensor(made, self.layout)
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +75,9 @@ class Call:
         gradients: Bytes of gradients, then.
         key: What equal calls share.
         template: The call that it was passed over for.
+        whole: Whether it runs again as a whole, if at all.
+        watch: Its backward as it happens, if it does.
+        ledger: Which sees that.
         made: By node, storages of what autograd would have saved.
         alive: Those of them that are alive when the backward of the step begins: somebody else holds them.
         input_alive: Whether that holds for its linked input.
@@ -79,10 +108,44 @@ class Call:
     template: Template | None = None
     forward_flops: float = 0.0
     backward_flops: float = 0.0
+    watch: BackwardWatch | None = None
+    ledger: Ledger | None = None
     made: dict[int, StorageWeakRef] = field(default_factory=dict)
     alive: set[int] = field(default_factory=set)
     input_alive: bool = False
     owned: set[int] = field(default_factory=set)
+    whole: bool = False
+
+    @property
+    def profiled_flops(self) -> list[float]:
+        """Of each op of its program's profile."""
+        return [sum(self.op_flops)] if self.whole else self.op_flops
+
+
+def packing(call: Call) -> Callable[[torch.Tensor], Parked]:
+    """What takes the place of the tensors that autograd would keep of a call that is recorded."""
+    recorder = call.recorder
+    assert recorder is not None
+    count = 0
+
+    def pack(tensor: torch.Tensor) -> Parked:
+        nonlocal count
+        alias = tensor.detach()
+        recorder.pack(alias)
+        saved = recorder.program.saved[-1]
+        node = recorder.program.nodes[saved.value.node]
+        count += 1
+        layout = None if local(alias) is alias else alias._spec  # type: ignore[attr-defined]
+        parked = Parked(call, count - 1, saved.value, alias.device, None, layout)
+        if node.leaf is not None and node.leaf.kind != "input":
+            parked.tensor = alias
+            return parked
+        call.parked.append((parked, alias))
+        if node.producer is not None:
+            call.made[saved.value.node] = StorageWeakRef(local(alias).untyped_storage())  # type: ignore[no-untyped-call]
+        return parked
+
+    return pack
 
 
 def saved_by(node: Any, call: Call) -> set[int]:

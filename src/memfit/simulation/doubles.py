@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from memfit.programs import Program, Value
+from memfit.sharding import as_dtensor, local
 from memfit.signature import describe
 
 _NUMBERED = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
@@ -42,12 +43,12 @@ def kind_of(module: torch.nn.Module) -> Hashable:
     parts: list[Hashable] = []
     for name, child in module.named_modules():
         plain = [
-            (key, _of(value))
+            (key, _forward(value) if key == "forward" else _of(value))
             for key, value in vars(child).items()
             if key not in _SKIPPED and not key.startswith(_SHARDED)
         ]
         own = [
-            (key, tuple(t.shape), t.stride(), t.dtype, t.requires_grad)
+            (key, tuple(t.shape), t.stride(), t.dtype, t.requires_grad, getattr(t, "placements", None))
             for table in (child._parameters, child._buffers)
             for key, t in table.items()
             if t is not None
@@ -72,6 +73,16 @@ def _hook(hook: Any) -> Hashable:
     if type(owner).__module__.startswith("torch.distributed.fsdp."):
         return type(owner), hook.__func__  # every sharded module has a state of its own, which is equal to others
     return id(hook)
+
+
+def _forward(value: Any) -> Hashable:
+    """A forward that was given to a module: transformers' tensor parallelism makes one for each, with its style."""
+    if not getattr(value, "__module__", "").startswith("transformers.distributed."):
+        return id(value)
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    # What is every module's own: itself, its forward, and what has been hooked so far.
+    shared = [each for each in cells if not isinstance(each, (torch.nn.Module, dict)) and not callable(each)]
+    return value.__qualname__, tuple(id(each) for each in shared)
 
 
 def _of(value: object, depth: int = 0) -> Hashable:
@@ -166,7 +177,7 @@ class _Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, made: Template, entered: Callable[[], None], *inputs: torch.Tensor) -> Any:
         ctx.entered = entered
-        ctx.geometry = [(tuple(t.shape), t.dtype) if t.requires_grad else None for t in inputs]
+        ctx.geometry = [_geometry(t) if t.requires_grad else None for t in inputs]
         outputs = [torch.empty_strided(v.size, v.stride, dtype=v.dtype) for v in made.values]
         ctx.mark_non_differentiable(*(t for t, trains in zip(outputs, made.trains, strict=True) if not trains))
         ctx.save_for_backward(*(t for t, saved in zip(outputs, made.saved, strict=True) if saved))
@@ -176,5 +187,14 @@ class _Double(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         ctx.entered()
         del gradients
-        made = [None if each is None else torch.empty(each[0], dtype=each[1]) for each in ctx.geometry]
-        return (None, None, *made)
+        return (None, None, *(None if each is None else _empty(*each) for each in ctx.geometry))
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, Any]:
+    held = local(tensor)
+    return tuple(held.shape), held.dtype, None if held is tensor else tensor._spec  # type: ignore[attr-defined]
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout: Any) -> torch.Tensor:
+    made = torch.empty(shape, dtype=dtype)
+    return made if layout is None else as_dtensor(made, layout)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.flops import op_flops
@@ -16,8 +16,19 @@ from memfit.sharding import local
 from memfit.signature import tensors_in
 from memfit.simulation.traffic import Traffic
 
+_WAIT = "_c10d_functional::wait_tensor"
 OpSeconds = Callable[[str, float, float, torch.dtype], float]
 """Seconds of an op from its aten name, FLOPs, bytes read and written, and dtype."""
+
+
+class Watcher(Protocol):
+    """Somebody who wants to know of storages."""
+
+    def came(self, key: int, size: int) -> None:
+        """A storage is there."""
+
+    def went(self, key: int) -> None:
+        """A storage is gone."""
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -30,6 +41,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seconds: Of all ops so far.
         looked_at_values: Whether Python asked for a value, which was answered with false, zero or 1.0.
         repeats: How many ops each one stands for.
+        watcher: Is told of storages that come and go, by a number and their bytes.
     """
 
     def __init__(self, op_seconds: OpSeconds, *, traffic: Traffic | None = None) -> None:
@@ -41,6 +53,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seconds = 0.0
         self.looked_at_values = False
         self.repeats = 1
+        self.watcher: Watcher | None = None
         self._op_seconds = op_seconds
         self._traffic = traffic
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -52,7 +65,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._see(tensor)
 
     def _see(self, tensor: torch.Tensor) -> bool:
-        storage = local(tensor).untyped_storage()
+        storage = _inside(tensor).untyped_storage()
         key = storage._cdata
         if key in self._alive:
             return False
@@ -61,11 +74,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def gone(_: object) -> None:
             del self._alive[key]
             self.now -= self._sizes.pop(key)
+            if self.watcher is not None:
+                self.watcher.went(key)
 
         self._alive[key] = weakref.ref(storage, gone)  # torch keeps the Python object as long as the storage lives
         self._sizes[key] = size
         self.now += size
         self.peak = max(self.peak, self.now)
+        if self.watcher is not None:
+            self.watcher.came(key, size)
         return True
 
     def resized(self, storage: torch.UntypedStorage) -> None:
@@ -86,6 +103,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a DTensor: what it does with its local one is seen
+        if self._traffic is not None and func._schema.name == _WAIT and isinstance(args[0], FakeTensor):
+            return args[0]  # as it does; its fake kernel makes another tensor
         try:
             out = func(*args, **kwargs)
         except DataDependentOutputException:
@@ -97,6 +116,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._traffic is not None:
             if func.namespace == "c10d":
                 self._traffic.sent(func._schema.name, args, self.seconds)
+                return out
+            if func.namespace == "_c10d_functional":
+                self.seconds += self._traffic.waited(func._schema.name, args, results)
                 return out
             if func._schema.name == "fsdp::split_with_sizes_copy":
                 self._traffic.wait(args[0].untyped_storage()._cdata, self.seconds)
@@ -116,6 +138,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         dtype = next((t.dtype for t in tensors.values() if t.dtype.is_floating_point), torch.float32)
         self.flops += flops * self.repeats
         self.seconds += self._op_seconds(func._schema.name, flops, moved, dtype) * self.repeats
+
+
+def _inside(tensor: torch.Tensor) -> torch.Tensor:
+    """What a wrapper shows: the shard of a DTensor, what a collective that is under way will give."""
+    under_way = getattr(tensor, "elem", None)
+    return local(under_way if isinstance(under_way, torch.Tensor) else tensor)
 
 
 @contextlib.contextmanager

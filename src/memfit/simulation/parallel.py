@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-from memfit.errors import ModelError, UsageError
+from memfit.errors import MemfitError, ModelError, UsageError
 from memfit.parallelism import Parallelism
-from memfit.sharding import local
+from memfit.sharding import class_name, local
 from memfit.simulation.ledger import Ledger, resizes_seen
 from memfit.simulation.traffic import Traffic
 from memfit.training import TrainingState
@@ -36,10 +36,13 @@ class Team:
         shards: Whether parameters are there only around a block's own forward and backward.
         traffic: What is sent; ``None``: nothing is.
         together: Whether they share anything.
+        splits: Whether layers are split among devices: their parameters are DTensors, so that a block runs again as a
+            whole, if at all.
         moves_gradients: Whether each gradient leaves the parameter as soon as it is there.
     """
 
     shards = False
+    splits = False
     together = False
     moves_gradients = False
     traffic: Traffic | None = None
@@ -70,6 +73,13 @@ class Team:
     def resident_bytes(self, ended: int) -> int:
         """Of gradients that are there from the start where they are accumulated; ``ended``: those of one backward."""
         return ended
+
+    def refused(self, model: torch.nn.Module, what: str) -> MemfitError:
+        """Of a model that fails on tensors without contents; ``what`` it says."""
+        return ModelError(
+            f"{class_name(model)} does not run on tensors without contents: {what[:200]} Plan it on a real batch: "
+            "`memfit plan FILE.py:FUNCTION`."
+        )
 
     def optimizer(self, make: MakeOptimizer, parameters: Sequence[torch.Tensor]) -> Any:
         """Of the parameters that train, once their gradients are there: it has ``step()`` and ``state``."""
@@ -198,12 +208,17 @@ class Sharded(Team):
 
     def optimizer(self, make: MakeOptimizer, parameters: Sequence[torch.Tensor]) -> Any:
         """Of the shards: what it does to DTensors it does to these."""
-        shards = []
-        for parameter in parameters:
-            shard = torch.nn.Parameter(local(parameter), requires_grad=True)
-            shard.grad = None if parameter.grad is None else local(parameter.grad)
-            shards.append(shard)
-        return make(shards)
+        return make(shards_of(parameters))
+
+
+def shards_of(parameters: Sequence[torch.Tensor]) -> list[torch.nn.Parameter]:
+    """What this device holds of them, with the gradients that it holds."""
+    shards = []
+    for parameter in parameters:
+        shard = torch.nn.Parameter(local(parameter), requires_grad=True)
+        shard.grad = None if parameter.grad is None else local(parameter.grad)
+        shards.append(shard)
+    return shards
 
 
 @contextlib.contextmanager
@@ -236,7 +251,7 @@ def process_group(parallelism: Parallelism) -> Iterator[None]:
     Raises:
         UsageError: The process is a rank already.
     """
-    if parallelism.kind not in ("ddp", "fsdp"):
+    if parallelism.kind not in ("ddp", "fsdp", "tp"):
         yield
         return
     if not dist.is_available():
@@ -257,4 +272,4 @@ def process_group(parallelism: Parallelism) -> Iterator[None]:
         sys.excepthook = shown
 
 
-__all__ = ["Blocks", "MakeOptimizer", "Replicas", "Sharded", "Team", "process_group"]
+__all__ = ["Blocks", "MakeOptimizer", "Replicas", "Sharded", "Team", "process_group", "shards_of"]

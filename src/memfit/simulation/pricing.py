@@ -26,7 +26,8 @@ class Pricing:
         entry: The device.
         title: What the model is called in answers.
         accumulate: Micro-batches of an optimizer step.
-        num_devices: That train, each with its own batch.
+        num_batches: Of the devices together.
+        parts: Whether a block may keep a part of what it saves.
         tokens: Of a micro-batch, where it has tokens.
         process_bytes: That are no tensors, where the device is the process's own memory.
         num_parameters, num_trainable: Of the model.
@@ -38,13 +39,14 @@ class Pricing:
     entry: Hardware
     title: str
     accumulate: int
-    num_devices: int
+    num_batches: int
     tokens: int | None
     process_bytes: int
     num_parameters: int
     num_trainable: int
     notes: tuple[str, ...]
     sizes: Sizes | None = None
+    parts: bool = True
 
     @property
     def profile(self) -> StepProfile:
@@ -87,8 +89,8 @@ class Pricing:
         budget = limit if limit is not None else peak.high
         again = self._recomputed_flops(plan)
         seconds = self.seconds(plan)
-        tokens = None if self.tokens is None else self.num_devices * self.accumulate * self.tokens
-        switches = todays(self.profile, lambda each: self.expected(each) <= budget)
+        tokens = None if self.tokens is None else self.num_batches * self.accumulate * self.tokens
+        switches = todays(self.profile, lambda each: self.expected(each) <= budget, parts=self.parts)
         return Prediction(
             model=self.title,
             device=self.entry.name,
@@ -169,7 +171,7 @@ class Pricing:
             head=rehearsed.outside_flops,
             blocks=sum(sum(rehearsed.op_flops[call.program]) for call in self.profile.calls),
         )
-        return compare(self.sizes, counted, num_devices=self.num_devices)
+        return compare(self.sizes, counted, num_devices=self.num_batches)
 
     @property
     def _highest_base(self) -> int:

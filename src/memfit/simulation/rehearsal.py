@@ -22,13 +22,14 @@ from memfit.profiler import Now, Reading, step_profile
 from memfit.profiles import ProgramProfile
 from memfit.programs import Leaf
 from memfit.signature import parameter_slots, read_arguments, tensors_in
-from memfit.simulation.call import Call, Parked, look, saved_by, storages
+from memfit.simulation.call import Call, Parked, look, packing, saved_by, storages
 from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
 from memfit.simulation.exchanges import with_exchanges, without_gradients
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.parallel import Team
 from memfit.simulation.recording import FakeRecorder
 from memfit.simulation.results import Rehearsed, gradients_at_events, held_nodes, outlived, profiles, read, spans
+from memfit.simulation.whole import BackwardWatch, LocalRecorder
 from memfit.training import TrainingState
 
 _RECORDED = 2
@@ -124,13 +125,13 @@ class Rehearsal:
             if self._stack or not torch.is_grad_enabled():
                 return
             tensors, rest, _ = read_arguments(args, kwargs, objects=False)
-            call = Call(name, len(self._calls), tensors, inputs=storages(tensors))
+            call = Call(name, len(self._calls), tensors, inputs=storages(tensors), whole=self._team.splits)
             if self._together:
                 call.forward_peak = self._ledger.peak
                 for tensor in tensors:
                     if tensor.requires_grad:
                         tensor.register_hook(partial(self._leave_backward, call))  # type: ignore[no-untyped-call]
-            if not self._team.shards:
+            if not self._team.shards and not self._team.splits:
                 call.input = self._linked(tensors)
             call.forward_start = self._ledger.now
             call.forward_seconds, call.forward_flops = self._ledger.seconds, self._ledger.flops
@@ -146,8 +147,12 @@ class Rehearsal:
             leaves = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(tensors)]
             for (owner, parameter), (kind, dictionary) in self._slots[name].items():
                 leaves.append((Leaf(kind, -1, owner, parameter), dictionary[parameter]))
-            call.recorder = FakeRecorder(leaves, self._ledger)
-            call.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack(call), self._unpack)
+            if self._team.splits:
+                call.recorder, call.watch = LocalRecorder(leaves, self._ledger), BackwardWatch(self._ledger)
+                call.ledger = self._ledger
+            else:
+                call.recorder = FakeRecorder(leaves, self._ledger)
+            call.hooks = torch.autograd.graph.saved_tensors_hooks(packing(call), self._unpack)
             call.hooks.__enter__()
             call.recorder.__enter__()
 
@@ -214,35 +219,9 @@ class Rehearsal:
                 return argument, place
         return None
 
-    def _pack(self, call: Call) -> Callable[[torch.Tensor], Parked]:
-        recorder = call.recorder
-        assert recorder is not None
-        count = 0
-
-        def pack(tensor: torch.Tensor) -> Parked:
-            nonlocal count
-            alias = tensor.detach()
-            recorder.pack(alias)
-            saved = recorder.program.saved[-1]
-            node = recorder.program.nodes[saved.value.node]
-            count += 1
-            parked = Parked(call, count - 1, saved.value, alias.device, None)
-            if node.leaf is not None and node.leaf.kind != "input":
-                parked.tensor = alias
-                return parked
-            call.parked.append((parked, alias))
-            if node.producer is not None:
-                call.made[saved.value.node] = StorageWeakRef(alias.untyped_storage())  # type: ignore[no-untyped-call]
-            return parked
-
-        return pack
-
     def _unpack(self, parked: Parked) -> torch.Tensor:
         self._begin_backward(parked.call)
-        if parked.tensor is not None:
-            return parked.tensor
-        value = parked.value
-        return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=parked.device)
+        return parked.found()
 
     def _begin_backward(self, call: Call) -> None:
         """The gradient of its output is there. What is made of that before anything is unpacked is in its program."""
@@ -267,12 +246,16 @@ class Rehearsal:
             self._team.traffic.window = self._num_backward
         self._ending = None
         ledger.reset_peak()
+        ledger.watcher = None
+        if call.watch is not None:
+            call.watch.begin()
 
     def _leave_backward(self, call: Call, gradient: torch.Tensor | None = None) -> None:
         """What follows, until the next one begins, is outside the blocks: gradients are reduced, weights gathered."""
         if self._ending is not call and call.backward_start is not None:
             self._ending = call
             self._ledger.reset_peak()
+            self._ledger.watcher = None
 
     def _last_leaves(self) -> None:
         last = max(self._calls, key=lambda call: call.backward_order, default=None)
@@ -328,6 +311,7 @@ class Rehearsal:
         value.backward()  # type: ignore[no-untyped-call]
         del value
         self._team.ended()
+        ledger.watcher = None
         if self._entered is not None:
             self._entered.transient = self._team.transient()
         if self._team.traffic is not None:
@@ -382,7 +366,7 @@ class Rehearsal:
             )
         return Rehearsed(
             profile=profile,
-            op_flops={c.program.key: c.op_flops for c in self._calls if c.program is not None},
+            op_flops={c.program.key: c.profiled_flops for c in self._calls if c.program is not None},
             parameter_bytes=parameter_bytes,
             buffer_bytes=buffer_bytes,
             state_bytes=born,

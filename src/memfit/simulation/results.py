@@ -11,6 +11,7 @@ from memfit.profiler import CallReading
 from memfit.profiles import ProgramProfile, StepProfile
 from memfit.simulation.call import Call
 from memfit.simulation.doubles import Template
+from memfit.simulation.whole import whole_profile
 
 Held = tuple[frozenset[int], frozenset[int]]
 """Nodes of a program that something outside its blocks keeps alive, and inputs that nothing else does."""
@@ -152,8 +153,13 @@ def profiles(
             found[program.key] = like.profile.programs[program.key]
             continue
         alive, owned = held[program.key]
+        seconds = took[call.index][0]
+        if call.whole:
+            watched = [c.watch.events for c in calls if c.watch and c.program and c.program.key == program.key]
+            found[program.key] = whole_profile(program, watched[-1], backward_seconds=seconds, held=alive, owned=owned)
+            continue
         profile = profile_program(program, held=alive, owned=owned)
-        found[program.key] = replace(profile, backward_seconds=took[call.index][0])
+        found[program.key] = replace(profile, backward_seconds=seconds)
     return found
 
 

@@ -74,6 +74,11 @@ class Stage:
         """Whether parameters are there only around a block's own forward and backward."""
         return self._team().shards
 
+    @property
+    def splits(self) -> bool:
+        """Whether layers are split among devices."""
+        return self._team().splits
+
     def job(self) -> Job:
         """A model and its batch, without the checkpointing that the model may do itself."""
         job = self._prepare()
@@ -86,10 +91,11 @@ class Stage:
         Raises:
             ModelError: Its loss is not one that can be computed in chunks.
         """
-        if self.shards:
+        if self.shards or self.splits:
+            how = "split among devices" if self.splits else "sharded and gathered for the head alone"
             raise ModelError(
-                "The chunked loss reads the head's weight, which is sharded and gathered for the head alone: leave "
-                "`chunked_loss` out, or shard in another way (`ddp`, `zero` 1 or 2)."
+                f"The chunked loss reads the head's weight, which is {how}: leave `chunked_loss` out, or shard in "
+                "another way (`ddp`, `zero` 1 or 2)."
             )
         with chunked_loss(job.model, cuda=self._entry.backend == "cuda") as is_one:
             try:
@@ -108,7 +114,7 @@ class Stage:
         Raises:
             ModelError: Parameters are sharded.
         """
-        if self.shards:
+        if self.shards or self.splits:
             raise ModelError(
                 "Cached gradients are not predicted where parameters are sharded: leave `cache_rows` (`--sub-batch`) "
                 "out, or keep them whole (`ddp`, `zero` 1 or 2)."
@@ -133,7 +139,7 @@ class Stage:
         doubles = True
         while True:
             team = self._team()
-            if team.shards:
+            if team.shards or team.splits:
                 job = self._shard(team, job)
                 blocks = [(name, job.model.get_submodule(name)) for name, _ in blocks]
             ledger = Ledger(rates(self._entry), traffic=team.traffic)
@@ -155,14 +161,11 @@ class Stage:
                     doubles = False
                     continue
                 what = str(error).splitlines()[0] if str(error) else ""
-                raise ModelError(
-                    f"{class_name(job.model)} does not run on tensors without contents: {type(error).__name__}: "
-                    f"{what[:200]} Plan it on a real batch: `memfit plan FILE.py:FUNCTION`."
-                ) from error
+                raise team.refused(job.model, f"{type(error).__name__}: {what}") from error
             if rehearsal.differs:
                 doubles = False
                 continue
-            if not rehearsal.not_replayable:
+            if team.splits or not rehearsal.not_replayable:
                 return found
             blocks = [part for block in blocks for part in _split(block, rehearsal.not_replayable)]
 

@@ -7,6 +7,7 @@ import torch
 from memfit.hardware import Hardware
 from memfit.parallelism import Parallelism
 from memfit.simulation.parallel import Replicas, Sharded, Team
+from memfit.simulation.split import Split
 from memfit.simulation.traffic import Traffic
 from memfit.simulation.zero import Zero
 
@@ -28,6 +29,8 @@ def make_team(parallelism: Parallelism, entry: Hardware, precision: str) -> Team
         return Replicas(traffic)
     if parallelism.kind == "zero":
         return Zero(parallelism, traffic)
+    if parallelism.kind == "tp":
+        return Split(parallelism, traffic)
     return Sharded(parallelism, traffic, _HALVES.get(precision))
 
 
@@ -49,6 +52,11 @@ def notes_of(parallelism: Parallelism, entry: Hardware) -> tuple[str, ...]:
             "Groups of their own for embedding and head, as torchtitan and accelerate shard them: here they are one "
             "group with all that is outside the blocks, as in torch's documentation, and gathered from forward to "
             "backward."
+        )
+    if parallelism.kind == "tp":
+        found.append(
+            "Parts of blocks: layers of DTensors are outside every recipe, so `fit` runs each block again as a whole, "
+            "whatever the budget, and takes no plan file for them. Where `nothing` fits, train without `fit`."
         )
     if parallelism.kind == "zero":
         found.append(

@@ -3,7 +3,8 @@
 One queue of transfers beside the computation, as a communication stream has it. A transfer of n devices around a ring
 moves (n-1)/n of the whole buffer over each link, an all-reduce twice that (Patarasuk and Yuan 2009, "Bandwidth optimal
 all-reduce algorithms for clusters of workstations"). Gathered parameters are waited for where they are copied out;
-what is reduced, at the end of the backward.
+what is reduced, at the end of the backward; the results of functional collectives, as tensor parallelism has them, at
+once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Traffic:
 
     Attributes:
         window: Block calls whose backward has begun, so far.
-        sent_bytes: Over each link, so far.
+        sent_bytes: Over each link, so far; what blocks that are passed over would send themselves is not in it.
     """
 
     def __init__(self, entry: Hardware, num_devices: int) -> None:
@@ -99,8 +100,25 @@ class Traffic:
         if devices < 2:
             return
         self.sent_bytes += moved
-        seconds = 0.0 if self._rate is None else moved / self._rate + rounds * self._launch
+        seconds = self._seconds(moved, rounds)
         self._moments.append(_Moment(clock=clock, window=self.window, seconds=seconds, key=key, early=early))
+
+    def waited(self, name: str, args: Sequence[Any], results: Sequence[Any]) -> float:
+        """A functional collective of torch's was called, whose result the computation asks for at once.
+
+        Returns:
+            Seconds that it waits.
+        """
+        if not any(word in name for word in ("reduce", "gather", "all_to_all", "broadcast", "permute")):
+            return 0.0  # waiting, and wrapping what is waited for
+        size = max((t.numel() * t.element_size() for t in tensors_in((args, results))), default=0)
+        rounds = 2 if "all_reduce" in name else 1
+        moved = rounds * size * (self._num_devices - 1) / self._num_devices
+        self.sent_bytes += moved
+        return self._seconds(moved, rounds)
+
+    def _seconds(self, moved: float, rounds: int) -> float:
+        return 0.0 if self._rate is None else moved / self._rate + rounds * self._launch
 
     def wait(self, key: int, clock: float) -> None:
         """The computation needs a transfer."""

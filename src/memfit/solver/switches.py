@@ -9,16 +9,18 @@ from memfit.profiles import StepProfile
 from memfit.solver.planner import switched
 
 
-def todays(profile: StepProfile, fits: Callable[[Plan], bool]) -> Iterator[tuple[str, Plan]]:
+def todays(profile: StepProfile, fits: Callable[[Plan], bool], *, parts: bool = True) -> Iterator[tuple[str, Plan]]:
     """Nothing, full and selective checkpointing, and every n-th layer: the largest n that fits, or 2.
 
     Args:
         profile: What a step costs.
         fits: Whether a plan is small enough.
+        parts: Whether a block may keep a part of what it saves.
     """
     yield "nothing", switched(profile, policy="plain")
     yield "full checkpointing", switched(profile, policy="full")
-    yield "selective checkpointing", switched(profile, policy="selective")
+    if parts:
+        yield "selective checkpointing", switched(profile, policy="selective")
     best: tuple[str, Plan] | None = None
     for every in range(2, len({call.name for call in profile.calls}) + 1):
         plan = switched(profile, every_n_layers=every)
