@@ -196,6 +196,9 @@ class Forecast:
                 notes=(*stage.notes, *job.notes, *notes_of(together, self._entry)),
                 sizes=sizes_of(job, task),
             )
+            if stage.runs_whole:
+                whole = replace(self._pricing, rehearsed=stage.rehearse(job, again=True))
+                self._pricing = replace(self._pricing, whole=whole)
             self._situation = Situation(
                 task=task,
                 num_devices=num_devices,
@@ -220,7 +223,7 @@ class Forecast:
         found = replace(found, alternatives=(*found.alternatives, *self._others(limit, found.plan)))
         if stack is None:
             return found
-        return replace(found, stack=best_setting(stack, self._pricing, found, self._situation))
+        return replace(found, stack=best_setting(stack, self._pricing.switchable, found, self._situation))
 
     def solve(self, budget: int | Literal["min"]) -> Plan:
         """The fastest plan whose tensors take at most ``budget`` bytes.
@@ -228,7 +231,15 @@ class Forecast:
         Raises:
             InfeasibleBudgetError: There is none.
         """
-        return self._placed(solve(self.profile, budget=budget, **self.named))
+        if budget == "min":
+            return self._placed(self._smallest(self._pricing))
+        try:
+            return self._placed(solve(self.profile, budget=budget, **self.named))
+        except InfeasibleBudgetError:
+            plan = self._smallest(self._pricing)
+            if self._pricing.whole is None or plan.predicted_peak_bytes > budget:
+                raise
+            return self._placed(plan)
 
     def frontier(self, count: int = 9) -> list[Prediction]:
         """Predictions from the smallest peak to the plain one, each the fastest for its peak."""
@@ -263,12 +274,18 @@ class Forecast:
 
     def _within(self, pricing: Pricing, limit: int | str | None, others: tuple[Alternative, ...] = ()) -> Prediction:
         if not isinstance(limit, int):
-            return pricing.predict(self._placed(solve(pricing.profile, budget="min", **self.named)), others=others)
+            return pricing.predict(self._placed(self._smallest(pricing)), others=others)
         try:
             plan = solve(pricing.profile, budget=pricing.tensor_bytes(limit), **self.named)
         except InfeasibleBudgetError:
-            plan = solve(pricing.profile, budget="min", **self.named)
+            plan = self._smallest(pricing)
         return pricing.predict(self._placed(replace(plan, budget_bytes=limit)), limit, others)
+
+    def _smallest(self, pricing: Pricing) -> Plan:
+        """The plan with the smallest peak; under ZeRO-3 that is blocks that run again as a whole."""
+        if pricing.whole is not None:
+            return switched(pricing.whole.profile, policy="full", **self.named)
+        return solve(pricing.profile, budget="min", **self.named)
 
     def _others(self, limit: int | str | None, plan: Plan) -> Iterator[Alternative]:
         """What else would bring something, beside today's switches."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,14 @@ from memfit.simulation.recording import FakeRecorder
 
 @dataclass(slots=True, eq=False)
 class Parked:
-    """What autograd would have saved: its geometry; the tensor itself if it is a parameter, or the block returns it."""
+    """What autograd would have saved: its geometry; the tensor itself if it is a parameter, or the block returns it.
+
+    Without geometry it is a parameter that recipes do not see.
+    """
 
     call: Call
     index: int
-    value: Value
+    value: Value | None
     device: torch.device
     tensor: torch.Tensor | None
 
@@ -39,6 +42,7 @@ class Call:
         forward_start: Bytes alive at its entry.
         forward_peak: The most since the forward of the block before, where devices work together.
         forward_seconds, forward_flops: The ledger's, then.
+        forward_transient: Bytes that gathered weights took for a moment in the forward.
         backward_start: Bytes alive when its backward began.
         before_peak: The most since the backward of another block had ended, or since the last forward.
         backward_seconds, backward_flops: The ledger's, then.
@@ -64,6 +68,7 @@ class Call:
     forward_start: int = 0
     forward_peak: int = 0
     forward_seconds: float = 0.0
+    forward_transient: int = 0
     backward_start: int | None = None
     before_peak: int = 0
     transient: int = 0
@@ -84,3 +89,15 @@ def saved_by(node: Any, call: Call) -> set[int]:
     raw = getattr(node, "_raw_saved_tensors", ()) or ()
     parked = [getattr(saved, "data", None) for saved in raw]
     return {each.index for each in parked if isinstance(each, Parked) and each.call is call}
+
+
+def linked(calls: Sequence[Call], tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
+    """Which of a call's arguments is which output of the last of ``calls``, the very tensor."""
+    if not calls:
+        return None
+    before = {number: (place, weak.cdata) for place, (number, weak) in enumerate(calls[-1].outputs)}
+    for argument, tensor in enumerate(tensors):
+        place, storage = before.get(id(tensor), (0, None))
+        if storage == tensor.untyped_storage()._cdata:
+            return argument, place
+    return None
