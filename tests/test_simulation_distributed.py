@@ -188,8 +188,10 @@ def test_recipes_read_no_weights_that_zero_3_takes_away():
     assert found.solve(below).predicted_peak_bytes <= below
     with pytest.raises(InfeasibleBudgetError):
         found.solve(smallest.predicted_peak_bytes - 1)
-    rows = {row.name: row.peak_bytes for row in found.within("min").alternatives}
-    assert rows["nothing"] > rows["full checkpointing"]
+    prediction = found.within("min")
+    rows = {row.name: row.peak_bytes for row in prediction.alternatives}
+    assert rows["nothing"] > rows["full checkpointing"] == prediction.peak.expected
+    assert any("no plan file" in sentence for sentence in prediction.not_counted)
 
 
 def test_what_is_sent():
