@@ -13,16 +13,19 @@ from torch import nn
 import memfit
 from memfit import cli, hardware
 from memfit.blocks import find_blocks
-from memfit.errors import ModelError, UsageError
+from memfit.errors import InfeasibleBudgetError, ModelError, UsageError
 from memfit.forecast import Forecast
 from memfit.parallelism import Parallelism, parallelism
 from memfit.simulation.fakes import fake_tensors, twin
+from memfit.simulation.gathering import Settings
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
 from memfit.simulation.parallel import process_group
 from memfit.simulation.rehearsal import Rehearsal
+from memfit.simulation.results import Rehearsed
 from memfit.simulation.teams import make_team
 from memfit.simulation.traffic import Traffic
+from memfit.simulation.zero3 import Order, Zero3
 from memfit.solver.planner import switched
 
 SIZES = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4}
@@ -100,6 +103,97 @@ def test_equal_blocks_are_passed_over_without_a_trace(how):
     assert first.step_seconds == pytest.approx(second.step_seconds, rel=0.02)
 
 
+def rehearse_zero3(num_devices: int = 4, **options) -> tuple[Rehearsal, Zero3, Rehearsed]:
+    """A rehearsal that knows the order of the one before."""
+    order: Order | None = None
+    with fake_tensors():
+        model = twin(transformers.LlamaForCausalLM(CONFIG)).train()
+        ids = torch.zeros(2, 64, dtype=torch.long)
+        for again in (False, options.pop("runs_again", False)):
+            traffic = Traffic(hardware.find("h100"), num_devices)
+            chosen = parallelism(num_devices, zero=3)
+            team = Zero3(chosen, traffic, order=order, runs_again=again, settings=options.get("settings"))
+            team.shard(model, find_blocks(model))
+            ledger = Ledger(lambda name, flops, moved, dtype: flops / 1e12 + moved / 1e11 + 1e-6, traffic=traffic)
+            doubles = options.get("doubles", True)
+            with (
+                team.around(ledger),
+                Rehearsal(model, find_blocks(model), ledger, doubles=doubles, team=team) as rehearsal,
+                ledger,
+            ):
+                found = rehearsal.run(
+                    {"ids": ids}, lambda: model(input_ids=ids, labels=ids).loss, make_optimizer("adamw", cuda=False)
+                )
+            order = team.order
+    return rehearsal, team, found
+
+
+TIGHT = Settings(bucket=128 * 128, prefetch=30_000, persistence=128, reuse=100_000)
+"""Blocks leave after their forward, and are gathered ahead."""
+
+
+@pytest.mark.parametrize("settings", [None, TIGHT])
+@pytest.mark.parametrize("runs_again", [False, True])
+def test_gathers_of_equal_blocks_are_passed_over_without_a_trace(settings, runs_again):
+    """As many gathers in the same order; within blocks what is gathered for a moment may come a moment later."""
+    first, team, found = rehearse_zero3(settings=settings, runs_again=runs_again)
+    second, other, whole = rehearse_zero3(settings=settings, runs_again=runs_again, doubles=False)
+    assert [len([c for c in each._calls if c.template is not None]) for each in (first, second)] == [2, 0]
+    assert team.order.modules == other.order.modules
+    assert team.traffic.sent_bytes == other.traffic.sent_bytes > 0
+    assert found.profile.programs.keys() == whole.profile.programs.keys()
+    for mine, its in zip(found.profile.events, whole.profile.events, strict=True):
+        assert (mine.name, mine.live_calls) == (its.name, its.live_calls)
+        assert mine.outside_bytes == pytest.approx(its.outside_bytes, rel=0.01)
+
+
+def test_what_zero_3_sends():
+    """Each weight gathered for its forward and, where it has left, for its backward; gradients once; norms once."""
+    ring, norms = 3 / 4, 11 * 128
+    _, kept, _ = rehearse_zero3()
+    assert kept.traffic.sent_bytes == ring * 4 * ((WHOLE - norms) + WHOLE + norms)
+    everything = Settings(bucket=128 * 128, prefetch=0, persistence=0, live=0, reuse=0)
+    _, gone, _ = rehearse_zero3(settings=everything)
+    assert gone.traffic.sent_bytes == ring * 4 * 3 * WHOLE
+    _, again, _ = rehearse_zero3(settings=everything, runs_again=True)
+    last = 344 * 128  # is there already, for the backward of the module that begins it
+    assert again.traffic.sent_bytes == ring * 4 * (3 * WHOLE + 5 * (BLOCK - last))
+
+
+def test_a_shard_of_everything_is_left_by_zero_3():
+    """Weights, gradients and fp32 weights in quarters, moments too; of 4-byte weights DeepSpeed keeps both copies."""
+    parts = forecast(zero=3).within("min").peak.parts
+    assert parts["weights"] == 2 * 4 * WHOLE // 4 + 2 * 2 * 64 * 8 + 2 * 16 * 4
+    assert parts["gradients"] >= 4 * WHOLE // 4
+    assert parts["optimizer_state"] == 2 * 4 * WHOLE // 4 + 4
+    uneven = forecast(48, zero=3).within("min").peak.parts
+    sizes = [1000 * 128] * 2 + [128] * 11 + ([128 * 128] * 2 + [64 * 128] * 2 + [344 * 128] * 3) * 5
+    assert uneven["weights"] == 2 * 4 * sum(-(-size // 48) for size in sizes) + 2 * 2 * 64 * 8 + 2 * 16 * 4
+
+
+def test_recipes_read_no_weights_that_zero_3_takes_away():
+    """What a matrix product made is kept, unless a block runs again as a whole: that is the smallest plan, as live."""
+    found = forecast(zero=3, length=512)
+    (program,) = found.profile.programs.values()
+    products = [op for op in program.ops if op.name in ("aten.mm.default", "aten.addmm.default")]
+    assert len(products) == 7
+    assert not any(op.recomputable for op in products)
+    assert any(op.recomputable for op in program.ops)
+    smallest, recipes = found.solve("min"), switched(found.profile, policy="full")
+    assert not {call.program for call in smallest.calls} & found.profile.programs.keys()
+    assert smallest.predicted_peak_bytes < recipes.predicted_peak_bytes < smallest.plain_peak_bytes
+    between = found.solve(recipes.predicted_peak_bytes)
+    assert {call.program for call in between.calls} == found.profile.programs.keys()
+    below = recipes.predicted_peak_bytes - 1
+    assert found.solve(below).predicted_peak_bytes <= below
+    with pytest.raises(InfeasibleBudgetError):
+        found.solve(smallest.predicted_peak_bytes - 1)
+    prediction = found.within("min")
+    rows = {row.name: row.peak_bytes for row in prediction.alternatives}
+    assert rows["nothing"] > rows["full checkpointing"] == prediction.peak.expected
+    assert any("no plan file" in sentence for sentence in prediction.not_counted)
+
+
 def test_what_is_sent():
     """Around a ring, of 4 devices: 3/4 of a buffer; DDP reduces all gradients, FSDP2 gathers blocks twice."""
     sent = {}
@@ -146,6 +240,7 @@ def test_more_devices_take_less_each():
     assert plain(forecast(8, zero=2)) <= plain(forecast(8, zero=1)) < alone
     assert many < plain(forecast(8, fsdp="grad"))
     assert many < plain(forecast(8, fsdp="hybrid:2"))
+    assert plain(forecast(8, zero=3)) < plain(forecast(2, zero=3))
 
 
 def test_gradients_that_are_moved_leave_the_working_set():
@@ -188,7 +283,7 @@ def test_nothing_is_left_behind():
     """No process group, no hook on exceptions, no patched storage."""
     shown, resize = sys.excepthook, torch.UntypedStorage.resize_
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))
-    for how in ({"fsdp": "full"}, {"ddp": True}, {"zero": 2}):
+    for how in ({"fsdp": "full"}, {"ddp": True}, {"zero": 2}, {"zero": 3}):
         memfit.simulate(model, torch.zeros(8, 64), loss=lambda output, batch: output.sum(), num_devices=2, **how)
         assert not dist.is_initialized()
     assert sys.excepthook is shown
@@ -234,11 +329,14 @@ def test_words():
     split = parallelism(8, tp=8)
     assert (split.words, split.mesh) == ("tensor parallel over 8 devices", (8,))
     assert (split.num_batches, parallelism(8, ddp=True).num_batches) == (1, 8)
+    assert parallelism(8, zero=3).words == "ZeRO-3 over 8 devices"
 
 
 def test_a_sharded_head_has_no_chunked_loss():
     with pytest.raises(ModelError, match="head's weight, which is sharded"):
         forecast(4, fsdp="full", chunked_loss=True)
+    with pytest.raises(ModelError, match="head's weight, which is sharded"):
+        forecast(4, zero=3, chunked_loss=True)
 
 
 @pytest.mark.parametrize("words", [["--fsdp", "full"], ["--gpus", "4xh100", "--ddp", "--zero", "1"]])

@@ -197,6 +197,9 @@ class Forecast:
                 sizes=None if stage.splits else sizes_of(job, task),
                 parts=not stage.splits,
             )
+            if stage.runs_whole:
+                whole = replace(self._pricing, rehearsed=stage.rehearse(job, again=True))
+                self._pricing = replace(self._pricing, whole=whole)
             self._situation = Situation(
                 task=task,
                 num_devices=num_devices,
@@ -223,7 +226,7 @@ class Forecast:
             return found
         if self._stage.splits:
             raise UsageError(f"What `{stack.name}` has for split layers is not known: leave `stack` or `tp` out.")
-        return replace(found, stack=best_setting(stack, self._pricing, found, self._situation))
+        return replace(found, stack=best_setting(stack, self._pricing.switchable, found, self._situation))
 
     def solve(self, budget: int | Literal["min"]) -> Plan:
         """The fastest plan whose tensors take at most ``budget`` bytes.
@@ -276,13 +279,21 @@ class Forecast:
         return pricing.predict(self._placed(replace(plan, budget_bytes=limit)), limit, others)
 
     def _solve(self, pricing: Pricing, budget: int | Literal["min"]) -> Plan:
-        """What `fit` does: blocks whose layers are split run again as a whole, whatever the budget."""
-        if not self._stage.splits:
+        """What `fit` does: blocks run again as a whole where layers are split, under ZeRO-3 where recipes do not do."""
+        if self._stage.splits:
+            smallest = switched(pricing.profile, policy="full", **self.named)
+        elif pricing.whole is not None:
+            smallest = switched(pricing.whole.profile, policy="full", **self.named)
+        else:
             return solve(pricing.profile, budget=budget, **self.named)
-        plan = switched(pricing.profile, policy="full", **self.named)
-        if budget != "min" and plan.predicted_peak_bytes > budget:
-            raise InfeasibleBudgetError(budget, plan.predicted_peak_bytes, plan.peak_event)
-        return plan
+        if budget == "min":
+            return smallest
+        if not self._stage.splits:
+            with contextlib.suppress(InfeasibleBudgetError):
+                return solve(pricing.profile, budget=budget, **self.named)
+        if smallest.predicted_peak_bytes > budget:
+            raise InfeasibleBudgetError(budget, smallest.predicted_peak_bytes, smallest.peak_event)
+        return smallest
 
     def _others(self, limit: int | str | None, plan: Plan) -> Iterator[Alternative]:
         """What else would bring something, beside today's switches."""

@@ -72,7 +72,7 @@ def parallelism(
         ddp: DistributedDataParallel.
         fsdp: FSDP2: ``full``, ``grad`` (parameters stay gathered between forward and backward) or ``hybrid:N``
             (``full`` among N devices, copies of which are kept alike).
-        zero: DeepSpeed's ZeRO: stage 1 or 2. Stage 3 is not predicted yet.
+        zero: DeepSpeed's ZeRO: stage 1, 2 or 3.
         tp: Tensor parallel degree: the number of all devices, or 1.
 
     Raises:
@@ -99,11 +99,6 @@ def parallelism(
     if zero is not None:
         if isinstance(zero, bool) or zero not in ZERO_STAGES:
             raise UsageError(f"There is no ZeRO stage `{zero}`. Give 1, 2 or 3.")
-        if zero == 3:
-            raise UsageError(
-                "ZeRO-3 is not predicted yet. `fsdp=full` shards parameters, gradients and optimizer state over the "
-                "same devices; or give `zero` 1 or 2."
-            )
         return Parallelism(kind="zero", num_devices=num_devices, stage=int(zero), shard_size=num_devices)
     if tp < num_devices:
         raise UsageError(

@@ -76,7 +76,7 @@ def _add_together(group: argparse._ArgumentGroup) -> None:
     """How several devices work together: one of these."""
     group.add_argument("--ddp", action="store_true", help="DistributedDataParallel: whole models, reduced gradients")
     group.add_argument("--fsdp", metavar="HOW", help="FSDP2: `full`, `grad`, or `hybrid:N` within groups of N devices")
-    group.add_argument("--zero", type=int, metavar="STAGE", help="DeepSpeed's ZeRO: 1 or 2; 3 is not predicted yet")
+    group.add_argument("--zero", type=int, metavar="STAGE", help="DeepSpeed's ZeRO: 1, 2 or 3")
     group.add_argument(
         "--tp", type=int, metavar="N", help="tensor parallel over all N devices, as transformers does it"
     )

@@ -22,13 +22,15 @@ from memfit.simulation.whole import BackwardWatch
 class Parked:
     """What autograd would have saved: its geometry; the tensor itself if it is a parameter, or the block returns it.
 
+    Without geometry it is a parameter that recipes do not see.
+
     Attributes:
         layout: Of a DTensor, whose local tensor ``value`` is.
     """
 
     call: Call
     index: int
-    value: Value
+    value: Value | None
     device: torch.device
     tensor: torch.Tensor | None
     layout: Any = None
@@ -45,6 +47,7 @@ class Parked:
         if self.tensor is not None:
             return self.tensor
         value, ledger = self.value, self.call.ledger
+        assert value is not None
         if ledger is not None:
             ledger.watcher, watcher = None, ledger.watcher
         made = torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=self.device)
@@ -68,6 +71,7 @@ class Call:
         forward_start: Bytes alive at its entry.
         forward_peak: The most since the forward of the block before, where devices work together.
         forward_seconds, forward_flops: The ledger's, then.
+        forward_transient: Bytes that gathered weights took for a moment in the forward.
         backward_start: Bytes alive when its backward began.
         before_peak: The most since the backward of another block had ended, or since the last forward.
         backward_seconds, backward_flops: The ledger's, then.
@@ -98,6 +102,7 @@ class Call:
     forward_start: int = 0
     forward_peak: int = 0
     forward_seconds: float = 0.0
+    forward_transient: int = 0
     backward_start: int | None = None
     before_peak: int = 0
     transient: int = 0
@@ -122,8 +127,13 @@ class Call:
         return [sum(self.op_flops)] if self.whole else self.op_flops
 
 
-def packing(call: Call) -> Callable[[torch.Tensor], Parked]:
-    """What takes the place of the tensors that autograd would keep of a call that is recorded."""
+def packing(call: Call, refers_to: Callable[[torch.Tensor], bool]) -> Callable[[torch.Tensor], Parked]:
+    """What takes the place of the tensors that autograd would keep of a call that is recorded.
+
+    Args:
+        call: Which is recorded.
+        refers_to: Whether a tensor is a parameter that recipes do not see.
+    """
     recorder = call.recorder
     assert recorder is not None
     count = 0
@@ -131,6 +141,8 @@ def packing(call: Call) -> Callable[[torch.Tensor], Parked]:
     def pack(tensor: torch.Tensor) -> Parked:
         nonlocal count
         alias = tensor.detach()
+        if refers_to(alias):
+            return Parked(call, -1, None, alias.device, alias)
         recorder.pack(alias)
         saved = recorder.program.saved[-1]
         node = recorder.program.nodes[saved.value.node]
@@ -173,3 +185,15 @@ def look(calls: Sequence[Call]) -> None:
 def _gone(weak: StorageWeakRef) -> bool:
     gone: bool = weak.expired()  # type: ignore[no-untyped-call]
     return gone
+
+
+def linked(calls: Sequence[Call], tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
+    """Which of a call's arguments is which output of the last of ``calls``, the very tensor."""
+    if not calls:
+        return None
+    before = {number: (place, weak.cdata) for place, (number, weak) in enumerate(calls[-1].outputs)}
+    for argument, tensor in enumerate(tensors):
+        place, storage = before.get(id(tensor), (0, None))
+        if storage == tensor.untyped_storage()._cdata:
+            return argument, place
+    return None

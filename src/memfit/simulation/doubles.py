@@ -72,7 +72,7 @@ def _hook(hook: Any) -> Hashable:
     owner = getattr(hook, "__self__", None)
     if type(owner).__module__.startswith("torch.distributed.fsdp."):
         return type(owner), hook.__func__  # every sharded module has a state of its own, which is equal to others
-    return id(hook)
+    return getattr(hook, "kind", id(hook))
 
 
 def _forward(value: Any) -> Hashable:

@@ -40,6 +40,7 @@ def with_exchanges(
             peak = call.forward_peak + state + resident
             if peak > event.outside_bytes:
                 found.append((_between(f"before the {event.name}", event.live_calls, peak), size))
+            event = replace(event, outside_bytes=event.outside_bytes + call.forward_transient)
         elif event.kind == "backward" and event.call is not None:
             call = next(backward)
             peak = call.before_peak + state + max(0, resident - call.gradients)

@@ -93,6 +93,19 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.now += storage.nbytes() - before
             self.peak = max(self.peak, self.now)
 
+    def disregard(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Count storages that were seen as nothing, as long as they live; returns what they took."""
+        before = self.now
+        for key in {local(tensor).untyped_storage()._cdata for tensor in tensors} & self._sizes.keys():
+            self.now -= self._sizes[key]
+            self._sizes[key] = 0
+        return before - self.now
+
+    def grow(self, size: int) -> None:
+        """Count bytes that are no tensor's here."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
     def reset_peak(self) -> None:
         """Begin a new peak."""
         self.peak = self.now

@@ -34,17 +34,21 @@ class Team:
 
     Attributes:
         shards: Whether parameters are there only around a block's own forward and backward.
+        lasting: Whether `shard` changes the model for good.
         traffic: What is sent; ``None``: nothing is.
         together: Whether they share anything.
         splits: Whether layers are split among devices: their parameters are DTensors, so that a block runs again as a
             whole, if at all.
         moves_gradients: Whether each gradient leaves the parameter as soon as it is there.
+        buffered_bytes: Of gradients, in what is there throughout.
     """
 
     shards = False
     splits = False
     together = False
     moves_gradients = False
+    lasting = True
+    buffered_bytes = 0
     traffic: Traffic | None = None
 
     def shard(self, model: torch.nn.Module, blocks: Blocks) -> None:
@@ -59,11 +63,25 @@ class Team:
         """Make what is there throughout the training; returns how many bytes of it are weights."""
         return 0
 
+    def passed_over(self, block: str, like: str, seconds: float) -> None:
+        """The forward of a block was passed over for that of one that is as it, which took so long."""
+
+    def entered(self, block: str, like: str | None = None) -> None:
+        """The backward of a block has begun; it is passed over for that of ``like``."""
+
+    def reads(self, tensor: torch.Tensor) -> bool:
+        """Whether recipes may read a parameter."""
+        return True
+
+    def refers_to(self, tensor: torch.Tensor) -> bool:
+        """Whether autograd keeps a tensor as a reference to a parameter, and recipes do not see it."""
+        return False
+
     def ended(self) -> None:
         """The backward has."""
 
     def transient(self) -> int:
-        """Bytes that the reduction of gradients took for a moment, within a block's backward, since the last call."""
+        """The most bytes that reduced gradients and gathered weights took since the last call, beyond those then."""
         return 0
 
     def gradient_bytes(self, states: TrainingState) -> int:

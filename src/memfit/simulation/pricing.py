@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from memfit.formulas import Comparison, Counted, Sizes, compare
@@ -33,6 +34,7 @@ class Pricing:
         num_parameters, num_trainable: Of the model.
         notes: What the numbers leave out, beside what the device does.
         sizes: Of a language model's step, for DeepSpeed-Chat's formula.
+        whole: ZeRO-3: the step whose blocks run again as a whole, which recipes that read no gathered weights are not.
     """
 
     rehearsed: Rehearsed
@@ -47,6 +49,17 @@ class Pricing:
     notes: tuple[str, ...]
     sizes: Sizes | None = None
     parts: bool = True
+    whole: Pricing | None = None
+
+    @property
+    def switchable(self) -> Pricing:
+        """The step that today's switches are for: they run blocks again as a whole."""
+        return self.whole or self
+
+    def owner(self, plan: Plan) -> Pricing:
+        """The step that a plan is for: this, or `whole`."""
+        mine = all(call.program in self.profile.programs for call in plan.calls)
+        return self if mine or self.whole is None else self.whole
 
     @property
     def profile(self) -> StepProfile:
@@ -84,13 +97,13 @@ class Pricing:
             limit: Bytes that it should fit into; its own highest peak by default.
             others: Alternatives beside today's switches.
         """
-        rehearsed = self.rehearsed
-        peak = self.peak(plan)
+        owner = self.owner(plan)
+        rehearsed = owner.rehearsed
+        peak = owner.peak(plan)
         budget = limit if limit is not None else peak.high
-        again = self._recomputed_flops(plan)
-        seconds = self.seconds(plan)
+        again = owner._recomputed_flops(plan)
+        seconds = owner.seconds(plan)
         tokens = None if self.tokens is None else self.num_batches * self.accumulate * self.tokens
-        switches = todays(self.profile, lambda each: self.expected(each) <= budget, parts=self.parts)
         return Prediction(
             model=self.title,
             device=self.entry.name,
@@ -104,13 +117,7 @@ class Pricing:
             forward_flops=rehearsed.forward_flops,
             backward_flops=rehearsed.backward_flops,
             recomputed_flops=again,
-            alternatives=(
-                *(
-                    Alternative(name=name, peak_bytes=self.expected(each), step_seconds=self.seconds(each))
-                    for name, each in (*switches, *self._offload())
-                ),
-                *others,
-            ),
+            alternatives=(*self._switches(budget), *others),
             plan=plan,
             not_counted=(*not_counted(self.entry, rehearsed), *self.notes),
             num_parameters=self.num_parameters,
@@ -156,18 +163,25 @@ class Pricing:
         rate = link * self.entry.copy_efficiency
         return offload_plan(self.profile, bytes_per_second=rate, in_flight=in_flight, overlaps=overlaps)
 
-    def _offload(self) -> tuple[tuple[str, Plan], ...]:
-        plan = self.offload_plan()
-        return () if plan is None else (("hidden-state offload", plan),)
+    def _switches(self, budget: int) -> Iterator[Alternative]:
+        other = self.switchable
+        offload = other.offload_plan()
+        nothing, *found = todays(other.profile, lambda each: self.expected(each) <= budget, parts=self.parts)
+        if self.whole is not None:
+            nothing = nothing[0], switched(self.profile, policy="plain")
+        more = [] if offload is None else [("hidden-state offload", offload)]
+        for name, plan in [nothing, *found, *more]:
+            seconds = self.owner(plan).seconds(plan)
+            yield Alternative(name=name, peak_bytes=self.expected(plan), step_seconds=seconds)
 
     def _comparison(self) -> Comparison | None:
         if self.sizes is None:
             return None
-        rehearsed = self.rehearsed
+        rehearsed, other = self.rehearsed, self.switchable
         counted = Counted(
             forward=rehearsed.forward_flops,
             backward=rehearsed.backward_flops,
-            recomputed=self._recomputed_flops(switched(self.profile, policy="full")),
+            recomputed=other._recomputed_flops(switched(other.profile, policy="full")),
             head=rehearsed.outside_flops,
             blocks=sum(sum(rehearsed.op_flops[call.program]) for call in self.profile.calls),
         )

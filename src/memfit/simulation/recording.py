@@ -6,6 +6,7 @@ plan is applied verifies it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit import ops
 from memfit.programs import Leaf, ProgramOp
+from memfit.signature import Slots
 from memfit.simulation.ledger import Ledger
 from memfit.storages import Storages
 from memfit.trace import Recorder
@@ -76,3 +78,14 @@ class FakeRecorder(Recorder):  # type: ignore[no-untyped-call]
         if op.func is not func or purified is not args:
             op.args = ops.purify(func, op.args, op.kwargs)[1]
         return True
+
+
+def leaves_of(
+    tensors: Sequence[torch.Tensor], slots: Slots, reads: Callable[[torch.Tensor], bool]
+) -> list[tuple[Leaf, torch.Tensor]]:
+    """What a block is given and recipes may read: tensors, and parameters and buffers that ``reads`` allows."""
+    leaves = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(tensors)]
+    for (owner, name), (kind, dictionary) in slots.items():
+        if reads(dictionary[name]):
+            leaves.append((Leaf(kind, -1, owner, name), dictionary[name]))
+    return leaves

@@ -20,14 +20,13 @@ from memfit import graph
 from memfit.errors import ModelError
 from memfit.profiler import Now, Reading, step_profile
 from memfit.profiles import ProgramProfile
-from memfit.programs import Leaf
 from memfit.signature import parameter_slots, read_arguments, tensors_in
-from memfit.simulation.call import Call, Parked, look, packing, saved_by, storages
+from memfit.simulation.call import Call, Parked, linked, look, packing, saved_by, storages
 from memfit.simulation.doubles import Template, key_of, kind_of, stand_in, template
 from memfit.simulation.exchanges import with_exchanges, without_gradients
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.parallel import Team
-from memfit.simulation.recording import FakeRecorder
+from memfit.simulation.recording import FakeRecorder, leaves_of
 from memfit.simulation.results import Rehearsed, gradients_at_events, held_nodes, outlived, profiles, read, spans
 from memfit.simulation.whole import BackwardWatch, LocalRecorder
 from memfit.training import TrainingState
@@ -132,7 +131,8 @@ class Rehearsal:
                     if tensor.requires_grad:
                         tensor.register_hook(partial(self._leave_backward, call))  # type: ignore[no-untyped-call]
             if not self._team.shards and not self._team.splits:
-                call.input = self._linked(tensors)
+                call.input = linked(self._calls, tensors)
+            self._team.transient()
             call.forward_start = self._ledger.now
             call.forward_seconds, call.forward_flops = self._ledger.seconds, self._ledger.flops
             self._calls.append(call)
@@ -144,15 +144,13 @@ class Rehearsal:
                 return
             if call.key is not None:
                 self._during[name] = kind_of(module)
-            leaves = [(Leaf("input", i, "", ""), tensor) for i, tensor in enumerate(tensors)]
-            for (owner, parameter), (kind, dictionary) in self._slots[name].items():
-                leaves.append((Leaf(kind, -1, owner, parameter), dictionary[parameter]))
+            leaves = leaves_of(tensors, self._slots[name], self._team.reads)
             if self._team.splits:
                 call.recorder, call.watch = LocalRecorder(leaves, self._ledger), BackwardWatch(self._ledger)
                 call.ledger = self._ledger
             else:
                 call.recorder = FakeRecorder(leaves, self._ledger)
-            call.hooks = torch.autograd.graph.saved_tensors_hooks(packing(call), self._unpack)
+            call.hooks = torch.autograd.graph.saved_tensors_hooks(packing(call, self._team.refers_to), self._unpack)
             call.hooks.__enter__()
             call.recorder.__enter__()
 
@@ -173,7 +171,9 @@ class Rehearsal:
         self._ledger.seconds += made.seconds
         self._ledger.flops += made.flops
         trained = [p for p in self._modules[name].parameters() if p.requires_grad]  # gathered, where it is sharded
-        return stand_in(made, [*call.tensors, *trained], partial(self._begin_backward, call))
+        self._team.passed_over(name, self._calls[made.index].name, made.seconds)
+        begins = partial(self._begin_backward, call, self._last[self._kinds[name]])  # whose own was before
+        return stand_in(made, [*call.tensors, *trained], begins)
 
     def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._stack or module is not self._modules[self._stack[-1].name]:
@@ -198,32 +198,23 @@ class Rehearsal:
             seconds, flops = self._ledger.seconds - call.forward_seconds, self._ledger.flops - call.forward_flops
             call.program.forward_seconds = max(seconds, 1e-12)
             for parked, alias in call.parked:
-                if call.program.nodes[parked.value.node].output:
+                if parked.value is not None and call.program.nodes[parked.value.node].output:
                     parked.tensor = alias  # a plan can drop it no more than its caller can
             made = template(call.index, call.program, output, seconds=seconds, flops=flops)
             if made is not None and call.key is not None and kind_of(module) == self._during[call.name]:
                 self._templates.setdefault(call.key, []).append(made)
-            if outputs[0].grad_fn is not None:
+            if outputs[0].grad_fn is not None and not self._together:
                 outputs[0].grad_fn.register_prehook(lambda gradients: self._begin_backward(call))
         call.tensors, call.parked = [], []
+        call.forward_transient = self._team.transient()
         self._outside_flops = self._ledger.flops
         self._ledger.reset_peak()  # what peaked inside is the program's
-
-    def _linked(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
-        if not self._calls:
-            return None
-        before = {number: (place, weak.cdata) for place, (number, weak) in enumerate(self._calls[-1].outputs)}
-        for argument, tensor in enumerate(tensors):
-            place, storage = before.get(id(tensor), (0, None))
-            if storage == tensor.untyped_storage()._cdata:
-                return argument, place
-        return None
 
     def _unpack(self, parked: Parked) -> torch.Tensor:
         self._begin_backward(parked.call)
         return parked.found()
 
-    def _begin_backward(self, call: Call) -> None:
+    def _begin_backward(self, call: Call, like: str | None = None) -> None:
         """The gradient of its output is there. What is made of that before anything is unpacked is in its program."""
         if call.backward_start is not None:
             return
@@ -238,8 +229,9 @@ class Rehearsal:
         call.backward_order = self._num_backward
         assert self._states is not None
         call.gradients = self._team.gradient_bytes(self._states)
+        transient = self._team.transient()
         if self._entered is not None:
-            self._entered.transient = self._team.transient()
+            self._entered.transient = transient
         self._entered = call
         self._num_backward += 1
         if self._team.traffic is not None:
@@ -249,6 +241,7 @@ class Rehearsal:
         ledger.watcher = None
         if call.watch is not None:
             call.watch.begin()
+        self._team.entered(call.name, like)
 
     def _leave_backward(self, call: Call, gradient: torch.Tensor | None = None) -> None:
         """What follows, until the next one begins, is outside the blocks: gradients are reduced, weights gathered."""
@@ -364,6 +357,7 @@ class Rehearsal:
             profile, gradients = with_exchanges(
                 profile, gradients, self._calls, state=born, resident=there, end_peak=reading.end_peak
             )
+        gradients = tuple(size + self._team.buffered_bytes for size in gradients)
         return Rehearsed(
             profile=profile,
             op_flops={c.program.key: c.profiled_flops for c in self._calls if c.program is not None},

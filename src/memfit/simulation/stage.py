@@ -24,6 +24,7 @@ from memfit.simulation.results import Rehearsed
 from memfit.simulation.target import CudaKernels
 from memfit.simulation.tasks import Job
 from memfit.simulation.teams import make_team
+from memfit.simulation.zero3 import Order, Zero3
 
 
 class Stage:
@@ -62,12 +63,18 @@ class Stage:
         self._accumulates = accumulates
         self._sharded: list[torch.nn.Module] = []
         self._mode: FakeTensorMode | None = None
+        self._order: Order | None = None
 
     @contextlib.contextmanager
     def set(self) -> Iterator[None]:
         """Jobs are made and rehearsed inside; those of one stage belong together."""
         with process_group(self._parallelism), fake_tensors(self._mode) as self._mode:
             yield
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether a block that runs again as a whole gathers what recipes do not read (ZeRO-3)."""
+        return isinstance(self._team(), Zero3)
 
     @property
     def shards(self) -> bool:
@@ -124,21 +131,25 @@ class Stage:
             job, rows, ledger, lambda each: self.rehearse(each, resident=True), accumulates=self._accumulates
         )
 
-    def rehearse(self, job: Job, like: Rehearsed | None = None, *, resident: bool = False) -> Rehearsed:
+    def rehearse(
+        self, job: Job, like: Rehearsed | None = None, *, resident: bool = False, again: bool = False
+    ) -> Rehearsed:
         """The step with the kernels and at the rates of the device; blocks that cannot be replayed are split.
 
         Args:
             job: From `job`.
             like: As `Rehearsal.run` has it.
             resident: Whether gradients are there before the forward, even if none are accumulated.
+            again: ZeRO-3: whether blocks are run again as a whole in the backward.
 
         Raises:
             ModelError: The model does not run on fake tensors, or has no blocks.
         """
         blocks = find_blocks(job.model)
         doubles = True
+        order = self._order if again else None
         while True:
-            team = self._team()
+            team = make_team(self._parallelism, self._entry, self._precision, order=order, runs_again=again)
             if team.shards or team.splits:
                 job = self._shard(team, job)
                 blocks = [(name, job.model.get_submodule(name)) for name, _ in blocks]
@@ -158,15 +169,19 @@ class Stage:
                 raise
             except Exception as error:
                 if doubles:  # a block that was passed over may have left out what others look for
-                    doubles = False
+                    doubles, order = False, None
                     continue
                 what = str(error).splitlines()[0] if str(error) else ""
                 raise team.refused(job.model, f"{type(error).__name__}: {what}") from error
             if rehearsal.differs:
-                doubles = False
+                doubles, order = False, None
+                continue
+            if not rehearsal.not_replayable and order is None and isinstance(team, Zero3):
+                order = self._order = team.order  # gathers of a step follow the order of the one before
                 continue
             if team.splits or not rehearsal.not_replayable:
                 return found
+            order = None
             blocks = [part for block in blocks for part in _split(block, rehearsal.not_replayable)]
 
     def _team(self) -> Team:
@@ -177,7 +192,8 @@ class Stage:
         if any(job.model is model for model in self._sharded):
             job = self.job()
         team.shard(job.model, find_blocks(job.model))
-        self._sharded.append(job.model)
+        if team.lasting:
+            self._sharded.append(job.model)
         return job
 
 

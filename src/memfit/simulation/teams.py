@@ -10,23 +10,29 @@ from memfit.simulation.parallel import Replicas, Sharded, Team
 from memfit.simulation.split import Split
 from memfit.simulation.traffic import Traffic
 from memfit.simulation.zero import Zero
+from memfit.simulation.zero3 import Order, Zero3
 
 _HALVES = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 
 
-def make_team(parallelism: Parallelism, entry: Hardware, precision: str) -> Team:
+def make_team(
+    parallelism: Parallelism, entry: Hardware, precision: str, *, order: Order | None = None, runs_again: bool = False
+) -> Team:
     """What devices add to a rehearsed step; one for each rehearsal.
 
     Args:
         parallelism: What they do together.
         entry: What each of them is.
         precision: One of `PRECISIONS`.
+        order, runs_again: As `Zero3` takes them.
     """
     if parallelism.kind == "replicas":
         return Team()
     traffic = Traffic(entry, parallelism.num_devices)
     if parallelism.kind == "ddp":
         return Replicas(traffic)
+    if parallelism.kind == "zero" and parallelism.stage == 3:
+        return Zero3(parallelism, traffic, order=order, runs_again=runs_again)
     if parallelism.kind == "zero":
         return Zero(parallelism, traffic)
     if parallelism.kind == "tp":
@@ -62,6 +68,16 @@ def notes_of(parallelism: Parallelism, entry: Hardware) -> tuple[str, ...]:
         found.append(
             "DeepSpeed's settings beside its own and `auto`, which makes buckets of hidden size x hidden size "
             "elements: with larger ones, or `overlap_comm`, add what they take."
+        )
+    if parallelism.kind == "zero" and parallelism.stage == 3:
+        found.append(
+            "What else ZeRO-3 can be told: offloading, quantized weights, hpZ, leaf modules; it gathers here as `auto` "
+            "and its own `stage3_max_reuse_distance` and `stage3_max_live_parameters` have it. On GPUs `overlap_comm`, "
+            "which stage 3 has on, also keeps what a stream has not read yet."
+        )
+        found.append(
+            "Keys of ZeRO-3's programs: what DeepSpeed gathers ahead is part of those that ranks record, so they make "
+            "their plan themselves. Give them the budget, or `policy=full` for the smallest peak, and no plan file."
         )
     return tuple(found)
 

@@ -199,10 +199,16 @@ def bucket_elements(model: torch.nn.Module) -> int:
     Source:
         transformers 5.23, `HfTrainerDeepSpeedConfig.trainer_config_finalize`.
     """
+    size = hidden_size(model)
+    return BUCKET_ELEMENTS if size is None else size * size
+
+
+def hidden_size(model: torch.nn.Module) -> int | None:
+    """Of a model of transformers, as ``auto`` reads it."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
     size = getattr(text, "hidden_size", None)
-    return size * size if isinstance(size, int) and size > 0 else BUCKET_ELEMENTS
+    return size if isinstance(size, int) and size > 0 else None
 
 
-__all__ = ["Zero"]
+__all__ = ["Zero", "hidden_size"]
