@@ -223,7 +223,8 @@ def test_a_step_is_held_where_the_allocator_takes_no_limit(folder, tmp_path, mon
     """By the plan that saves everything, where nothing else minds a budget."""
     monkeypatch.setenv("MEMFIT_ALLOCATOR", "system")
     path = tmp_path / "cells.json"
-    main(["bench", folder, "--batch", "4", "--seq", "64", "--dtype", "fp32", "--plans", "plain", "-o", str(path)])
+    words = ["bench", folder, "--batch", "4", "--seq", "64", "--dtype", "fp32", "--train", "full", "--plans", "plain"]
+    main([*words, "-o", str(path)])
     (cell,) = json.loads(path.read_text())["cells"]
     assert cell["measured"]["held"]
     assert cell["measured"]["allocator"] == "glibc"
