@@ -145,7 +145,7 @@ def measured_fitted(held: int, wrapped: Any, optimizer: Any, step: Callable[[], 
     for _ in range(5):
         step()  # programs are recorded and verified
     peaks = []
-    for _ in range(4):
+    for _ in range(12):
         gc.collect()
         time.sleep(0.1)  # until that thread has let go of what the step before had
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -173,7 +173,7 @@ def identity(plan: Plan) -> tuple[Any, ...]:
 
 
 def play(names: list[str]) -> dict[str, Any]:
-    return in_turn({"programs": programs, **{name: partial(measured, name) for name in names}}, names)
+    return in_turn({**{name: partial(measured, name) for name in names}, "programs": programs}, names)
 
 
 @pytest.fixture(scope="module")
