@@ -80,6 +80,7 @@ def main() -> None:
     if handle is not None and dist.get_rank() == 0:
         print(handle.report())
     dist.barrier()  # whose connection is gone first ends the others
+    engine.destroy()  # what ZeRO-3 has gathered ahead would be freed by gloo's thread while Python shuts down
     dist.destroy_process_group()
 
 
