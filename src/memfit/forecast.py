@@ -77,8 +77,7 @@ def simulate(
             reduced.
         batch_size, length: Rows and tokens of each device's batch, for a configuration.
         task: One of `tasks.TASKS`; by default what the configuration's architecture is for.
-        chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss owns the peak
-            of full checkpointing.
+        chunked_loss: As for `fit`. Without it the alternatives of a language model say what it would bring.
         stack: A training stack of `memfit.stacks`, such as ``trl``: the prediction says the best that it has by itself.
         cache_rows: Of an embedder: rows of the sub-batches whose gradients are cached, as by
             `contrastive.cached_embeddings`. Without it the alternatives say what that would bring.
@@ -210,7 +209,7 @@ class Forecast:
             self._job = job if compares and job.contrast is not None else None
             self._cached: dict[int, Pricing] = {}
             self._spared: Pricing | None = None
-            if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
+            if compares and not chunked_loss:
                 with contextlib.suppress(ModelError):
                     self._spared = replace(self._pricing, rehearsed=stage.with_chunked_loss(job, rehearsed))
 

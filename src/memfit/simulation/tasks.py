@@ -238,6 +238,9 @@ def _with_lora(model: torch.nn.Module, rank: int, targets: Sequence[str] | None,
     try:
         with warnings.catch_warnings():  # PEFT reads a property that transformers has renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning
+            )  # its own, of experts
             made: torch.nn.Module = peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise UsageError(f"LoRA found nothing to adapt: {str(error).splitlines()[0]}") from error
