@@ -26,7 +26,7 @@ from memfit.integrations import llamafactory, processes
 from memfit.integrations.catches import Catch
 from memfit.integrations.compilers import CompiledInPlace
 from memfit.integrations.imports import ImportWatcher
-from memfit.integrations.switches import Held, Switches, check_sharding, decides
+from memfit.integrations.switches import Held, Switches, before_sharding, check_sharding, decides
 
 if TYPE_CHECKING:
     import torch
@@ -209,7 +209,8 @@ class Launcher:
         def loop(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             check_sharding(trainer.args, getattr(trainer, "accelerator", None))
             compiled = CompiledInPlace(trainer.model, trainer, decided=decides(self._options))
-            catch = self.fit(trainer.model, _BY_TRAINER)
+            with before_sharding(trainer):
+                catch = self.fit(trainer.model, _BY_TRAINER)
             if catch is None:
                 compiled.restore()
                 return original(trainer, *args, **kwargs)
