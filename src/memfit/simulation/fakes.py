@@ -14,6 +14,8 @@ from torch import _meta_registrations
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from memfit.sharding import as_dtensor, local
+
 _TENSORS = ("_parameters", "_buffers", "_modules")
 _SHAPE_OF_GROUPS = "_meta_grouped_mm_common"
 
@@ -89,7 +91,9 @@ def fake_batch(batch: Any) -> Any:
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype)
+    held = local(tensor)
+    made = torch.empty_strided(tuple(held.shape), held.stride(), dtype=held.dtype)
+    return made if held is tensor else as_dtensor(made, tensor._spec)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
