@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 
@@ -14,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import memfit
 from live import peak, settled_peak
-from memfit import chunked, configurations, hardware
+from memfit import chunked, configurations, hardware, known
 from memfit.blocks import find_blocks
 from memfit.errors import ModelError, UsageError
 from memfit.forecast import Forecast
 from memfit.plans import Plan
-from memfit.simulation import chunks
+from memfit.simulation import chunks, tasks
+from memfit.simulation.doubles import kind_of
 from memfit.simulation.fakes import fake_tensors, twin
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.optimizers import make_optimizer
@@ -181,6 +183,35 @@ def test_blocks_whose_insides_outlive_them(kind):
 
     peaks = [peak(step, model, x) for _ in range(3)]
     assert plain.predicted_peak_bytes == pytest.approx(min(peaks), rel=0.02)
+
+
+KINDS = {
+    model.config["model_type"]: model.id for model in reversed(known.models()) if model.id != "openai/whisper-tiny"
+}
+
+
+@pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)
+def test_equal_blocks_of_known_models_are_found(name):
+    """Layers that attend in two ways are of two kinds; what an activation keeps for itself makes none."""
+    config = configurations.load(name)
+    config = configurations.with_layers(config, 6)
+    with fake_tensors():
+        job = tasks.build(config, task=tasks.task_of(config), batch_size=1, length=32)
+        blocks = find_blocks(job.model)
+    assert len(blocks) >= 6
+    assert 2 * len({kind_of(block) for _, block in blocks}) <= len(blocks)
+
+
+def test_partial_functions_are_equal_where_they_call_the_same():
+    def made(kind, **options):
+        block = nn.Linear(4, 4)
+        block.activation = functools.partial(kind, **options)
+        return kind_of(block)
+
+    gelu = nn.functional.gelu
+    assert made(gelu, approximate="tanh") == made(gelu, approximate="tanh")
+    assert made(gelu, approximate="tanh") != made(gelu, approximate="none")
+    assert made(gelu) != made(nn.functional.silu)
 
 
 def test_blocks_with_forwards_of_their_own_are_not_passed_over():
@@ -500,6 +531,25 @@ def test_a_gpu_need_not_be_there():
     assert any("no run on one confirms" in sentence for sentence in prediction.not_counted)
     small = replace(entry, memory_bytes=700 * 2**20)
     assert not memfit.simulate(config, device=small, batch_size=64, length=512, precision="bf16").fits
+
+
+def test_flash_attention_has_no_mask():
+    """It keeps what SDPA does without padding, whose mask and scores others keep."""
+    sizes = {**SIZES, "num_hidden_layers": 4}
+    config = transformers.LlamaConfig(**sizes, intermediate_size=344, num_key_value_heads=2)
+
+    def plain(**options):
+        step = {"task": "causal-lm", "batch_size": 2, "length": 64, "precision": "bf16", **options}
+        return memfit.simulate(config, device="h100", **step).peak.low
+
+    flash, mask = plain(attention="flash"), 2 * 64 * 8
+    assert flash == plain(attention="sdpa") == plain(attention="flash", padded=True) - mask
+    assert flash + mask < plain(attention="sdpa", padded=True)
+    assert flash == plain(attention="flash_attention_2") < plain(attention="eager")
+    with pytest.raises(UsageError, match="half precision"):
+        plain(attention="flash", precision="fp32")
+    with pytest.raises(UsageError, match="MPNetModel has no flash attention"):
+        memfit.simulate("all-mpnet-base-v2", precision="bf16", attention="flash")
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "embedder", "reranker", "classification"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def _of(value: object, depth: int = 0) -> Hashable:
         return type(value), frozenset(_of(item, depth + 1) for item in value)
     if depth < _MAX_DEPTH and isinstance(value, dict):
         return type(value), tuple((_of(key, depth + 1), _of(item, depth + 1)) for key, item in value.items())
+    if depth < _MAX_DEPTH and isinstance(value, partial):  # transformers makes one for each activation
+        return partial, _of(value.func, depth + 1), _of(value.args, depth + 1), _of(value.keywords, depth + 1)
     return id(value)
 
 
