@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING
 from memfit import configurations, known
 from memfit.errors import ModelError, UnknownNameError, UsageError
 from memfit.names import plain
+from memfit.simulation.tasks import task_of
 
 MODELS = {model.id: model for model in known.models()}
 # Fields that a class takes without naming them among its own, and those that only the original code reads.
@@ -164,6 +165,28 @@ def test_a_known_configuration_is_the_callers_own():
     first.rope_parameters["factor"] = 1.0
     second = configurations.load("llama-3.1-8b")
     assert (second.hidden_size, second.rope_parameters["factor"]) == (4096, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("Qwen/Qwen3-Embedding-0.6B", "embedder"),
+        ("bge-reranker-v2-m3", "reranker"),
+        ("bge-m3", "embedder"),
+        ("Qwen/Qwen3-0.6B", "causal-lm"),
+        ("t5-small", "seq2seq"),
+        ("vit-base-patch16-224", "image"),
+        ("whisper-small", "seq2seq"),
+    ],
+)
+def test_a_known_model_is_trained_for_its_own_task(name, task):
+    """The architectures of an embedder and of a reranker may be those of other tasks."""
+    assert task_of(configurations.load(name)) == task
+
+
+def test_a_copy_of_a_known_configuration_is_trained_for_what_it_says(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(known.find("bge-reranker-v2-m3").config))
+    assert task_of(configurations.load(tmp_path)) == "classification"
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "other.json"])

@@ -11,7 +11,7 @@ from memfit import configurations
 from memfit.cli import main
 from memfit.errors import ModelError, UsageError
 from memfit.forecast import Forecast
-from memfit.simulation.quantized import QuantizedLinear, num_parameters, quantize
+from memfit.simulation.quantized import QuantizedLinear, notes, num_parameters, quantize
 from memfit.solver.planner import switched
 
 SIZES = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
@@ -80,6 +80,29 @@ def test_transposed_layers_and_a_tied_head():
     assert first.bias.shape == (2304,)
     assert type(model.lm_head) is nn.Linear
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_layers_that_the_model_keeps_in_fp32_are_left():
+    """T5's: it casts what they get to the dtype of their weight, which packed would be bytes."""
+    heads = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 3, "vocab_size": 100}
+    t5 = transformers.T5Config(**heads, decoder_start_token_id=0, architectures=["T5ForConditionalGeneration"])
+    with torch.device("meta"):
+        model = transformers.AutoModelForSeq2SeqLM.from_config(t5)
+    quantize(model, "4bit")
+    dense = model.encoder.block[0].layer[1].DenseReluDense
+    assert (type(dense.wi), type(dense.wo)) == (QuantizedLinear, nn.Linear)
+    options = {"length": 32, "precision": "bf16", "lora": 4, "quantize": "4bit", "compares": False}
+    assert Forecast(t5, **options).within("min").model == "T5ForConditionalGeneration in 4 bits with LoRA"
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_experts_that_are_no_linear_layers_are_said(experts):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.MixtralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2) if experts else config()
+        )
+    quantize(model, "4bit")
+    assert any("Quantized experts" in sentence for sentence in notes("4bit", model)) is experts
 
 
 def test_the_prediction_says_what_it_leaves_out():

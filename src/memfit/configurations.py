@@ -50,9 +50,13 @@ def load(name_or_path: str | os.PathLike[str], *, trust_remote_code: bool = Fals
     if os.path.isfile(file):
         return _from_file(name, Path(file), trust_remote_code)
     try:
-        return _build(name, copy.deepcopy(known.find(name).config))
+        model = known.find(name)
     except UnknownNameError:
         pass
+    else:
+        config = _build(name, copy.deepcopy(model.config))
+        config.name_or_path = model.id
+        return config
     if os.path.isdir(place):
         raise UsageError(f"There is no `{CONFIG_NAME}` in `{name}`.")
     if os.path.isabs(place) or name.startswith(".") or name.endswith(".json") or name.count("/") > 1:

@@ -21,6 +21,9 @@ from memfit.predictions import QUANTIZED
 _BLOCK, _SCALE_BLOCK, _CODE, _SCALE_CODE = 64, 256, 16, 256
 _THRESHOLD = 6.0
 _NOTE = "What `prepare_model_for_kbit_training` casts to fp32: norms, embeddings and the head keep their dtype here."
+_EXPERTS_NOTE = (
+    "Quantized experts: bitsandbytes packs linear layers, and experts that are one parameter keep their dtype."
+)
 _EIGHT_BIT_NOTES = (
     "8-bit layers keep their inputs beside autograd: gradient checkpointing lets go of some that are counted here.",
     "That `fit` leaves blocks with 8-bit layers alone: peaks with recomputation are those of gradient checkpointing.",
@@ -140,9 +143,12 @@ def quantize(model: nn.Module, kind: str) -> None:
         setattr(model.get_submodule(parent), child, QuantizedLinear(module, bits=4 if kind == "4bit" else 8))
 
 
-def notes(kind: str | None) -> tuple[str, ...]:
+def notes(kind: str | None, model: nn.Module) -> tuple[str, ...]:
     """What predictions with such weights leave out, as sentences."""
-    return () if kind is None else (_NOTE, *(_EIGHT_BIT_NOTES if kind == "8bit" else ()))
+    if kind is None:
+        return ()
+    experts = any(p.dim() == 3 and p.size(0) > 1 for p in model.parameters())
+    return (_NOTE, *([_EXPERTS_NOTE] if experts else []), *(_EIGHT_BIT_NOTES if kind == "8bit" else ()))
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -156,7 +162,7 @@ def _not_converted(model: nn.Module) -> list[str]:
         from transformers.quantizers.base import get_keys_to_not_convert
     except ImportError:  # an older transformers
         from transformers.integrations import get_keys_to_not_convert
-    return list(get_keys_to_not_convert(model))
+    return [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
 
 
 def _within(name: str, key: str) -> bool:

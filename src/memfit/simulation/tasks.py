@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit import known
 from memfit.arguments import check_positive
-from memfit.errors import ModelError, UsageError
+from memfit.errors import ModelError, UnknownNameError, UsageError
 from memfit.predictions import PRECISIONS, TASKS
-from memfit.simulation import quantized
+from memfit.simulation import flash, quantized
 from memfit.simulation.fakes import empty
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Split = Callable[[torch.nn.Module], None]
 """What splits the layers of a model among devices, where they do that, before it gets adapters."""
+MAX_TOKENS = 2**36
+"""Of a batch: sizes of tensors beyond it may not be numbers of a machine."""
 _FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod")
 
 
@@ -63,7 +66,11 @@ class Job:
 
 
 def task_of(config: Any) -> str:
-    """The task that a configuration is usually trained for, from its architecture."""
+    """The task that a configuration is usually trained for: of a known model its own, else from its architecture."""
+    with contextlib.suppress(UnknownNameError):
+        task = known.find(getattr(config, "name_or_path", None) or "").task
+        if task in TASKS:
+            return task
     names = " ".join(getattr(config, "architectures", None) or ())
     if "ForSequenceClassification" in names:
         return "classification"
@@ -114,7 +121,7 @@ def build(
         batch_size: Rows; for an embedder queries, for a reranker queries too, each with ``group`` passages.
         length: Tokens of each row.
         precision: One of `PRECISIONS`: of the weights; mixed ones keep them in fp32 and autocast.
-        attention: As transformers' ``attn_implementation``.
+        attention: As transformers' ``attn_implementation``; ``flash`` is ``flash_attention_2``.
         lora: Rank of LoRA adapters (PEFT's), if any.
         lora_targets: Names of the modules that get adapters; all linear layers of the blocks by default.
         lora_dropout: Of the adapters.
@@ -138,6 +145,8 @@ def build(
         check_positive(name, value)
     if not temperature > 0:
         raise UsageError(f"`temperature={temperature}` is not above 0.")
+    if batch_size * group * length > MAX_TOKENS:
+        raise UsageError(f"`batch={batch_size}` rows of `seq={length}` are more than any device holds.")
     config = copy.deepcopy(config)
     positions = positions_of(config)
     if positions is not None and length > positions and task != "image":
@@ -147,7 +156,14 @@ def build(
     # Libraries move modules about, which fake ones cannot be.
     apart = _disable_current_modes() if device is None else contextlib.nullcontext()
     with apart, torch.device("meta" if device is None else device):
+        flashes = attention in flash.NAMES
+        if flashes:
+            if precision == "fp32":
+                raise UsageError(f"`{attention}` computes in half precision: give a dtype such as `bf16`.")
+            attention = flash.register() if device is None else "flash_attention_2"
         model = _model(config, task, DTYPES.get(precision, torch.float32), attention)
+        if flashes and not model._supports_flash_attn:
+            raise UsageError(f"{type(model).__name__} has no flash attention: leave `attention` out.")
         title = type(model).__name__
         if quantize is not None:
             _check_quantized(lora, device)
@@ -166,6 +182,7 @@ def build(
     model.train()
     place = torch.device("cpu") if device is None else device
     autocast = _autocast(precision, place.type)
+    notes = (*quantized.notes(quantize, model), *([flash.NOTE] if flashes else []))
     if task == "embedder":
         with place:
             pairs = {
@@ -173,7 +190,7 @@ def build(
                 for name, rows in (("query", batch_size), ("passages", batch_size * group))
             }
         made = _embedder(model, title, pairs, batch_size, group, temperature, autocast)
-        return replace(made, notes=quantized.notes(quantize))
+        return replace(made, notes=notes)
     rows = batch_size * group if task == "reranker" else batch_size
     with place:
         batch = _batch(
@@ -192,7 +209,7 @@ def build(
         return found
 
     tokens = None if task == "image" else rows * length
-    return Job(model=model, batch=batch, loss=loss, tokens=tokens, title=title, notes=quantized.notes(quantize))
+    return Job(model=model, batch=batch, loss=loss, tokens=tokens, title=title, notes=notes)
 
 
 def _check_quantized(lora: int | None, device: torch.device | None) -> None:
@@ -224,9 +241,9 @@ def _model(config: Any, task: str, dtype: torch.dtype, attention: str | None) ->
     options = {} if attention is None else {"attn_implementation": attention}
     try:
         made: torch.nn.Module = getattr(transformers, kind).from_config(config, dtype=dtype, **options)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         first = str(error).splitlines()[0]
-        if attention is not None and "attn_implementation" in first:
+        if attention is not None and (isinstance(error, ImportError) or "attn_implementation" in first):
             raise UsageError(f"There is no attention `{attention}` for this model. {first}") from error
         raise ModelError(f"transformers has no {task} model for `{config.model_type}`: {first}") from error
     return made
@@ -247,6 +264,7 @@ def _with_lora(model: torch.nn.Module, rank: int, targets: Sequence[str] | None,
             warnings.filterwarnings(
                 "ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning
             )  # its own, of experts
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # GPT-2's layers: PEFT sets it
             made: torch.nn.Module = peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise UsageError(f"LoRA found nothing to adapt: {str(error).splitlines()[0]}") from error
