@@ -93,7 +93,7 @@ def test_the_loss_may_own_the_peak():
     prediction = forecast.within("min")
     assert prediction.peak.event == "loss"
     scores = 512 * 2048 * 4
-    assert scores < prediction.peak.parts["outside_blocks"] < 5 * scores
+    assert scores < prediction.peak.parts["loss"] < 5 * scores
     assert sum(prediction.peak.parts.values()) == prediction.peak.expected
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
+from memfit import configurations, hardware
 from memfit.cli import largest, main
 from memfit.cli.largest import largest as search
+from memfit.forecast import Forecast
+from memfit.predictions import PARTS
+from memfit.report.forecast import render_frontier
+from memfit.simulation.device import CUDA_CONTEXT_BYTES
+from memfit.solver.planner import switched
 
 SIZES = {
     "model_type": "llama",
@@ -51,12 +59,47 @@ def test_json_has_the_same(folder, capsys):
     peak = found["peak_bytes"]
     assert peak["low"] <= peak["expected"] <= peak["high"] <= found["budget_bytes"]
     assert sum(peak["parts"].values()) == peak["expected"]
-    assert {"name", "peak_bytes", "step_seconds"} == set(found["alternatives"][0])
+    assert {"name", "peak_bytes", "step_seconds", "fits"} == set(found["alternatives"][0])
+    assert set(peak["parts"]) == set(PARTS)
     assert found["alternatives"][0]["name"] == "nothing"
     assert found["plan"]["calls"]
     assert found["tokens_per_second"] == pytest.approx(2 * 128 / found["step_seconds"])
     assert found["not_counted"]
     assert found["compute_factor"] > 2.5
+
+
+def test_switches_fit_where_their_highest_peak_does(folder):
+    """As the plan does: within the budget by what is expected alone is not enough."""
+    forecast = Forecast(configurations.load(folder), device="rtx4090", batch_size=64, precision="bf16")
+    peaks = {every: forecast.of(switched(forecast.profile, every_n_layers=every)).peak for every in (2, 3, 4)}
+    assert peaks[2] == peaks[3]
+    assert peaks[3].high < peaks[4].expected
+    for budget, name, fits in (
+        (peaks[4].high, "every 4th layer", True),
+        (peaks[4].high - 1, "every 3rd layer", True),
+        (peaks[4].expected, "every 3rd layer", True),
+        (peaks[2].high - 1, "every 2nd layer", False),
+    ):
+        rows = {row.name: row for row in forecast.within(budget).alternatives}
+        assert rows[name].fits is fits
+        assert [each for each in rows if each.startswith("every")] == [name]
+        full = forecast.of(switched(forecast.profile, policy="full")).peak
+        assert rows["full checkpointing"].fits is (full.high <= budget)
+
+
+def test_what_would_fit_is_said_where_the_plan_does_not(folder, capsys):
+    words = ["plan", folder, *STEP, "--gpu", "rtx4090"]
+    highest = []
+    for more in ([], ["--chunked-loss"]):
+        assert main([*words, *more, "--budget", "min", "--json"]) == 0
+        highest.append(json.loads(capsys.readouterr().out)["peak_bytes"]["high"])
+    assert highest[1] < highest[0]
+    assert main([*words, "--budget", str(highest[1])]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("too large ")
+    assert lines[1].startswith("fits with  memfit, chunked loss: ")
+    assert main([*words, "--budget", str(highest[1] - 1)]) == 3
+    assert "fits with" not in capsys.readouterr().out
 
 
 def test_several_devices_count_for_tokens_only(folder, capsys):
@@ -121,6 +164,21 @@ def test_frontier(folder, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 6
 
 
+def test_the_frontier_says_what_the_device_has_no_room_for(folder):
+    entry = hardware.find("rtx4090")
+    config, sizes = configurations.load(folder), {"batch_size": 64, "length": 512}
+    peaks = [each.peak.high for each in Forecast(config, device=entry, **sizes).frontier(5)]
+    assert peaks == sorted(set(peaks))
+    ratios = [after / before for before, after in pairwise(peaks)]
+    assert max(ratios) < 1.5 * min(ratios)
+    small = replace(entry, memory_bytes=CUDA_CONTEXT_BYTES + peaks[2])
+    found = Forecast(config, device=small, **sizes).frontier(5)
+    assert [each.fits for each in found] == [True, True, True, False, False]
+    assert {each.budget_bytes for each in found} == {peaks[2]}
+    rows = render_frontier(found).splitlines()
+    assert [row.endswith("does not fit") for row in rows] == [False] * 5 + [True] * 2
+
+
 @pytest.mark.parametrize("limit", [1, 2, 7, 64])
 def test_the_search_is_as_good_as_trying_every_number(limit):
     for best in range(limit + 3):
@@ -175,6 +233,8 @@ def test_max_where_nothing_fits(folder, capsys):
         (["plan", "FOLDER", "--lora-targets", "q_proj"], "give their rank with `--lora`"),
         (["plan", "FOLDER", "--freeze", ","], "`--freeze` names nothing"),
         (["plan", "FOLDER", "--attention", "bogus"], "no attention `bogus`"),
+        (["plan", "FOLDER", "--attention", "flash_attention_3"], "no attention `flash_attention_3`"),
+        (["plan", "FOLDER", "--batch", "999999999999"], "more than any device holds"),
         (["plan", "build.py:build", "--lora", "4"], "build it into what `build.py:build` returns"),
         (["max", "FOLDER", "--seq", "64", "--budget", "min"], "its own smallest peak"),
         (["max", "vit-base", "--batch", "2"], "An image has no tokens"),
@@ -190,6 +250,14 @@ def test_errors(folder, capsys, words, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_an_answer_is_all_that_is_printed(shell):
+    """What libraries have to say of GPT-2, its loss and its layers, is not."""
+    done = shell.memfit("plan", "gpt2", "--lora", "4", "--seq", "32", "--gpu", "l4")
+    assert done.returncode == 0
+    assert done.stdout.startswith("fits ")
+    assert done.stderr == ""
 
 
 def test_a_configuration_with_remote_code(tmp_path, capsys):

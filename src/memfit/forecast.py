@@ -23,7 +23,7 @@ from memfit.profiles import StepProfile
 from memfit.sharding import class_name, unwrapped
 from memfit.signature import tensors_in
 from memfit.simulation import cached, tasks
-from memfit.simulation.device import limit_of, process_bytes
+from memfit.simulation.device import limit_of, process_bytes, usable_bytes
 from memfit.simulation.fakes import fake_batch, twin
 from memfit.simulation.optimizers import make_optimizer
 from memfit.simulation.pricing import Pricing
@@ -220,8 +220,7 @@ class Forecast:
         With a ``stack`` the prediction says what that has by itself for the same budget.
         """
         limit = limit_of(budget, self._entry)
-        found = self._within(self._pricing, limit)
-        found = replace(found, alternatives=(*found.alternatives, *self._others(limit, found.plan)))
+        found = self._beside(self._within(self._pricing, limit), limit)
         if stack is None:
             return found
         if self._stage.splits:
@@ -238,20 +237,21 @@ class Forecast:
 
     def frontier(self, count: int = 9) -> list[Prediction]:
         """Predictions from the smallest peak to the plain one, each the fastest for its peak."""
-        smallest = self.solve("min")
+        smallest, limit = self.solve("min"), usable_bytes(self._entry)
         if self._stage.splits:
-            return [self.of(smallest)]
+            return [self.of(smallest, limit)]
         low, high = smallest.predicted_peak_bytes, smallest.plain_peak_bytes
         found = []
         for number in range(count):
-            size = low + (high - low) * number // max(1, count - 1)
-            limit = self._pricing.limit(size) + 1
-            found.append(self.of(replace(self.solve(size), budget_bytes=limit), limit))
+            # Each so many times the one before: where memory is tight the step's time changes most.
+            size = high if number == count - 1 else int(low * (high / low) ** (number / (count - 1)))
+            budget = self._pricing.limit(size) + 1
+            found.append(self.of(replace(self.solve(size), budget_bytes=budget), limit))
         return found
 
     def of(self, plan: Plan, limit: int | None = None) -> Prediction:
         """What a plan comes to; ``limit``: bytes that it should fit into."""
-        return self._pricing.predict(plan, limit, tuple(self._others(limit, plan)))
+        return self._beside(self._pricing.predict(plan, limit), limit)
 
     @property
     def profile(self) -> StepProfile:
@@ -269,14 +269,14 @@ class Forecast:
             return plan
         return replace(plan, world_size=self._parallelism.num_devices, mesh=self._parallelism.mesh)
 
-    def _within(self, pricing: Pricing, limit: int | str | None, others: tuple[Alternative, ...] = ()) -> Prediction:
+    def _within(self, pricing: Pricing, limit: int | str | None) -> Prediction:
         if not isinstance(limit, int):
-            return pricing.predict(self._placed(self._solve(pricing, "min")), others=others)
+            return pricing.predict(self._placed(self._solve(pricing, "min")))
         try:
             plan = self._solve(pricing, pricing.tensor_bytes(limit))
         except InfeasibleBudgetError:
             plan = self._solve(pricing, "min")
-        return pricing.predict(self._placed(replace(plan, budget_bytes=limit)), limit, others)
+        return pricing.predict(self._placed(replace(plan, budget_bytes=limit)), limit)
 
     def _solve(self, pricing: Pricing, budget: int | Literal["min"]) -> Plan:
         """What `fit` does: blocks run again as a whole where layers are split, under ZeRO-3 where recipes do not do."""
@@ -295,15 +295,30 @@ class Forecast:
             raise InfeasibleBudgetError(budget, smallest.predicted_peak_bytes, smallest.peak_event)
         return smallest
 
-    def _others(self, limit: int | str | None, plan: Plan) -> Iterator[Alternative]:
-        """What else would bring something, beside today's switches."""
+    def _beside(self, found: Prediction, limit: int | str | None) -> Prediction:
+        """With what else would bring something, beside today's switches."""
+        others = tuple(
+            Alternative(
+                name=name,
+                peak_bytes=other.peak.expected,
+                step_seconds=other.step_seconds,
+                fits=other.peak.high <= found.budget_bytes,
+            )
+            for name, other in self._others(limit, found.plan)
+        )
+        return replace(found, alternatives=(*found.alternatives, *others))
+
+    def _others(self, limit: int | str | None, plan: Plan) -> Iterator[tuple[str, Prediction]]:
         if self._spared is not None:
-            yield self._with_chunked_loss(self._spared, limit)
+            yield "memfit, chunked loss", self._within(self._spared, limit)
         sizes = None if self._job is None else cached.sizes_of(self._job)
         if self._job is not None and sizes is not None and sizes.largest > 1 and plan.recomputed_bytes:
-            yield self._with_cached_gradients(self._job, sizes, limit)
+            rows, found = self._with_cached_gradients(self._job, sizes, limit)
+            yield f"memfit, gradient caching (sub-batches of {rows})", found
 
-    def _with_cached_gradients(self, job: tasks.Job, sizes: cached.Sizes, limit: int | str | None) -> Alternative:
+    def _with_cached_gradients(
+        self, job: tasks.Job, sizes: cached.Sizes, limit: int | str | None
+    ) -> tuple[int, Prediction]:
         """What sub-batches would bring: the largest whose step saves everything, or twice that, where it was tried."""
         fixed = max(event.outside_bytes for event in self.profile.events if event.name == "optimizer")
         room = self._pricing.tensor_bytes(limit) if isinstance(limit, int) else fixed
@@ -322,22 +337,13 @@ class Forecast:
             best, rows = min(found, key=lambda each: (not each[0].fits, each[0].step_seconds))
         else:
             best, rows = min(found, key=lambda each: (each[0].peak.high, each[0].step_seconds))
-        return Alternative(
-            name=f"memfit, gradient caching (sub-batches of {rows})",
-            peak_bytes=best.peak.expected,
-            step_seconds=best.step_seconds,
-        )
+        return rows, best
 
     def _in_sub_batches(self, job: tasks.Job, rows: int) -> Pricing:
         if rows not in self._cached:
             with self._stage.set():
                 self._cached[rows] = replace(self._pricing, rehearsed=self._stage.in_sub_batches(job, rows))
         return self._cached[rows]
-
-    def _with_chunked_loss(self, spared: Pricing, limit: int | str | None) -> Alternative:
-        """What the chunked loss would bring."""
-        found = self._within(spared, limit)
-        return Alternative(name="memfit, chunked loss", peak_bytes=found.peak.expected, step_seconds=found.step_seconds)
 
 
 def _configuration(model: Any) -> Any:

@@ -20,6 +20,7 @@ PARTS = (
     "gradients",
     "optimizer_state",
     "saved_tensors",
+    "loss",
     "outside_blocks",
     "workspace",
     "process",
@@ -55,11 +56,13 @@ class Alternative:
         name: What people call it.
         peak_bytes: Expected.
         step_seconds: Of a step with it.
+        fits: Whether its highest peak is within the budget, as for the plan.
     """
 
     name: str
     peak_bytes: int
     step_seconds: float
+    fits: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

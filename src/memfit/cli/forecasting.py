@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from memfit.cli.options import CHUNKED_LOSS, add_chunked_loss
@@ -41,7 +42,9 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True, several: bo
     step.add_argument("--seq", type=kind, metavar=metavar, default=length if batch else None, help="tokens of a row")
     step.add_argument("--task", choices=TASKS, help="by default what the configuration is for")
     step.add_argument("--dtype", choices=PRECISIONS, default="bf16", help="of the weights; `-mixed`: fp32, autocast")
-    step.add_argument("--attention", metavar="NAME", help="transformers' attention: `sdpa` (default) or `eager`")
+    step.add_argument(
+        "--attention", metavar="NAME", help="transformers' attention: `sdpa` (default), `eager` or `flash`"
+    )
     step.add_argument("--padded", action="store_true", help="rows have padding, so that attention gets a mask")
     step.add_argument("--lora", type=int, metavar="RANK", help="train LoRA adapters (PEFT) instead of the weights")
     step.add_argument("--lora-targets", metavar="A,B", help="modules with adapters; all linear layers by default")
@@ -142,9 +145,27 @@ def forecaster(arguments: argparse.Namespace, model: str, *, compares: bool = Tr
 
     config = configurations.load(model, trust_remote_code=arguments.trust_remote_code)
     options = {**step_options(arguments), "cache_rows": arguments.sub_batch, "compares": compares}
-    return lambda batch, length: Forecast(
-        config, **device_options(arguments), task=arguments.task, batch_size=batch, length=length, **options
-    )
+
+    def forecast(batch: int, length: int) -> Forecast:
+        with _transformers_is_silent():
+            return Forecast(
+                config, **device_options(arguments), task=arguments.task, batch_size=batch, length=length, **options
+            )
+
+    return forecast
+
+
+@contextlib.contextmanager
+def _transformers_is_silent() -> Iterator[None]:
+    """But for errors: what it has to say of a model is for those who train it."""
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def step_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from memfit.predictions import Prediction
+from memfit.predictions import Alternative, Prediction
 from memfit.report.formulas import render_comparison
 from memfit.report.stacks import render_setting
 from memfit.report.text import columns
@@ -15,7 +15,8 @@ _PARTS = {
     "gradients": "gradients",
     "optimizer_state": "optimizer state",
     "saved_tensors": "saved by blocks for the backward",
-    "outside_blocks": "outside the blocks: embeddings, logits, loss, temporaries of the optimizer",
+    "loss": "head, logits and loss",
+    "outside_blocks": "elsewhere outside the blocks: embeddings, gathered weights, temporaries of the optimizer",
     "workspace": "what that moment works with",
     "process": "the process itself",
     "allocator_slack": "held by the allocator beside tensors",
@@ -30,6 +31,7 @@ def render_prediction(prediction: Prediction, *, explain: bool = False) -> str:
     verdict = "fits" if prediction.fits else "too large"
     lines = [
         f"{verdict:<10} {prediction.model} on {prediction.device}: at most {high} of {budget}",
+        *_instead(prediction),
         f"{'peak':<10} {low} – {expected} – {high} (low, expected, high), at the {peak.event}",
     ]
     lines += [f"  {format_bytes(peak.parts[key]):>9}  {words}" for key, words in _PARTS.items() if peak.parts.get(key)]
@@ -46,9 +48,13 @@ def render_prediction(prediction: Prediction, *, explain: bool = False) -> str:
     )
     if explain:
         lines += _explained(prediction)
-    rows = [(each.name, each.peak_bytes, each.step_seconds) for each in prediction.alternatives]
-    rows.append(("memfit", peak.expected, prediction.step_seconds))
-    lines += ["", *_table(rows, prediction.budget_bytes, fits=prediction.fits)]
+    rows = [
+        *prediction.alternatives,
+        Alternative(
+            name="memfit", peak_bytes=peak.expected, step_seconds=prediction.step_seconds, fits=prediction.fits
+        ),
+    ]
+    lines += ["", *_table(rows)]
     if prediction.stack is not None:
         lines += ["", *render_setting(prediction.stack)]
     lines += ["", *(f"not counted: {sentence}" for sentence in prediction.not_counted)]
@@ -58,7 +64,7 @@ def render_prediction(prediction: Prediction, *, explain: bool = False) -> str:
 def render_frontier(predictions: Sequence[Prediction]) -> str:
     """One row for each peak, from the smallest."""
     first = predictions[0]
-    header = ("peak", "at most", "step", "tokens/s", "saves", "recomputes")
+    header = ("peak", "at most", "step", "tokens/s", "saves", "recomputes", "")
     cells = [
         (
             format_bytes(each.peak.expected),
@@ -67,11 +73,22 @@ def render_frontier(predictions: Sequence[Prediction]) -> str:
             "" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}",
             format_bytes(each.plan.saved_bytes),
             format_bytes(each.plan.recomputed_bytes),
+            _unless(each.fits),
         )
         for each in predictions
     ]
-    title = f"{first.model} on {first.device}, {format_bytes(first.budget_bytes)} and up"
-    return "\n".join([title, *columns([header, *cells])])
+    title = f"{first.model} on {first.device}, which has {format_bytes(first.budget_bytes)}"
+    return "\n".join([title, *columns([header, *cells], left={len(header) - 1})])
+
+
+def _instead(prediction: Prediction) -> list[str]:
+    """Where the plan does not fit: the fastest of the alternatives that do."""
+    fitting = [each for each in prediction.alternatives if each.fits and not prediction.fits]
+    if not fitting:
+        return []
+    best = min(fitting, key=lambda each: each.step_seconds)
+    costs = f"{format_bytes(best.peak_bytes)} expected, {format_seconds(best.step_seconds)} a step"
+    return [f"{'fits with':<10} {best.name}: {costs}"]
 
 
 def _explained(prediction: Prediction) -> list[str]:
@@ -87,9 +104,12 @@ def _explained(prediction: Prediction) -> list[str]:
     return lines if prediction.formula is None else [*lines, *render_comparison(prediction.formula)]
 
 
-def _table(rows: Sequence[tuple[str, int, float]], budget: int, *, fits: bool) -> list[str]:
-    cells = []
-    for name, size, seconds in rows:
-        within = fits if name == "memfit" else size <= budget
-        cells.append((name, format_bytes(size), format_seconds(seconds), "" if within else "does not fit"))
+def _table(rows: Sequence[Alternative]) -> list[str]:
+    cells = [
+        (row.name, format_bytes(row.peak_bytes), format_seconds(row.step_seconds), _unless(row.fits)) for row in rows
+    ]
     return columns([("switch", "peak", "step", ""), *cells], left={0, 3})
+
+
+def _unless(fits: bool) -> str:
+    return "" if fits else "does not fit"

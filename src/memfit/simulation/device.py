@@ -36,12 +36,16 @@ def takes_limit() -> bool:
     return host.allocator() == "tcmalloc" or (host.may_preload() and host.find_allocator() is not None)
 
 
+def usable_bytes(entry: Hardware) -> int:
+    """What a device has for one process."""
+    return entry.memory_bytes - (CUDA_CONTEXT_BYTES if entry.backend == "cuda" else 0)
+
+
 def limit_of(budget: int | float | str | None, entry: Hardware) -> int | str:
     """Bytes that a peak is to fit into, or ``min``; by default what the device has."""
-    usable = entry.memory_bytes - (CUDA_CONTEXT_BYTES if entry.backend == "cuda" else 0)
     parsed = parse_budget(budget)
     if parsed.kind in ("none", "auto"):
-        return usable
+        return usable_bytes(entry)
     if parsed.kind == "percent":
         return int(entry.memory_bytes * (parsed.value or 0) / 100)
     return "min" if parsed.kind == "min" else int(parsed.value or 0)
@@ -75,5 +79,7 @@ def not_counted(entry: Hardware, rehearsed: Rehearsed) -> tuple[str, ...]:
     if entry.backend == "mps":
         sentences.append("What Metal's kernels keep differs from CPU's, which is what is counted.")
     if rehearsed.looked_at_values:
-        sentences.append("What the model does depending on values: it asked for some, and was told false, zero or 1.0.")
+        sentences.append(
+            "What depends on values: tensors have none here. The model asked for some, and was told false, zero or 1.0."
+        )
     return tuple(sentences)

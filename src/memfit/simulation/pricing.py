@@ -89,13 +89,12 @@ class Pricing:
         blocks += self.rehearsed.times * plan.recompute_seconds
         return self.accumulate * blocks + self.rehearsed.optimizer_seconds
 
-    def predict(self, plan: Plan, limit: int | None = None, others: tuple[Alternative, ...] = ()) -> Prediction:
-        """What a plan comes to.
+    def predict(self, plan: Plan, limit: int | None = None) -> Prediction:
+        """What a plan comes to, and today's switches beside it.
 
         Args:
             plan: Of this step.
             limit: Bytes that it should fit into; its own highest peak by default.
-            others: Alternatives beside today's switches.
         """
         owner = self.owner(plan)
         rehearsed = owner.rehearsed
@@ -117,7 +116,7 @@ class Pricing:
             forward_flops=rehearsed.forward_flops,
             backward_flops=rehearsed.backward_flops,
             recomputed_flops=again,
-            alternatives=(*self._switches(budget), *others),
+            alternatives=tuple(self._switches(budget)),
             plan=plan,
             not_counted=(*not_counted(self.entry, rehearsed), *self.notes),
             num_parameters=self.num_parameters,
@@ -136,6 +135,8 @@ class Pricing:
             saved += found.kept_bytes[event.call]
         static = rehearsed.parameter_bytes + rehearsed.buffer_bytes
         gradients = rehearsed.gradients[number]
+        before = profile.events[number - 1].outside_bytes if number else static + rehearsed.state_bytes + gradients
+        loss = max(0, event.outside_bytes - before) if event.name == "loss" else 0
         workspace = self.base_bytes - self.process_bytes
         expected = self.expected(plan)
         parts = {
@@ -143,7 +144,8 @@ class Pricing:
             "gradients": gradients,
             "optimizer_state": rehearsed.state_bytes,
             "saved_tensors": saved,
-            "outside_blocks": event.outside_bytes - static - rehearsed.state_bytes - gradients,
+            "loss": loss,
+            "outside_blocks": event.outside_bytes - static - rehearsed.state_bytes - gradients - loss,
             "workspace": found.peak_bytes - event.outside_bytes - saved + workspace,
             "process": self.process_bytes,
         }
@@ -166,13 +168,17 @@ class Pricing:
     def _switches(self, budget: int) -> Iterator[Alternative]:
         other = self.switchable
         offload = other.offload_plan()
-        nothing, *found = todays(other.profile, lambda each: self.expected(each) <= budget, parts=self.parts)
+
+        def fits(plan: Plan) -> bool:
+            return self.limit(plan.predicted_peak_bytes) <= budget
+
+        nothing, *found = todays(other.profile, fits, parts=self.parts)
         if self.whole is not None:
             nothing = nothing[0], switched(self.profile, policy="plain")
         more = [] if offload is None else [("hidden-state offload", offload)]
         for name, plan in [nothing, *found, *more]:
             seconds = self.owner(plan).seconds(plan)
-            yield Alternative(name=name, peak_bytes=self.expected(plan), step_seconds=seconds)
+            yield Alternative(name=name, peak_bytes=self.expected(plan), step_seconds=seconds, fits=fits(plan))
 
     def _comparison(self) -> Comparison | None:
         if self.sizes is None:
