@@ -239,6 +239,8 @@ def test_max_where_nothing_fits(folder, capsys):
         (["max", "FOLDER", "--seq", "64", "--budget", "min"], "its own smallest peak"),
         (["max", "vit-base", "--batch", "2"], "An image has no tokens"),
         (["plan", "whisper-small", "--seq", "500"], "beyond the 448 positions"),
+        (["plan", "vit-base", "--task", "embedder"], "ViTModel reads `pixel_values`"),
+        (["plan", "whisper-small", "--seq", "64", "--task", "embedder"], "WhisperEncoder reads `input_features`"),
         (["plan", "roberta-base", "--seq", "513"], "beyond the 512 positions"),
         (["frontier", "FOLDER", "--points", "1"], "not between 2 and 100"),
         (["max", "FOLDER"], "Give `--seq N`"),

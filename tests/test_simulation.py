@@ -563,6 +563,12 @@ def test_tasks(task):
     json.dumps(prediction.to_dict(), allow_nan=False)
 
 
+def test_an_encoder_of_two_halves_embeds():
+    heads = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 3, "vocab_size": 100}
+    prediction = memfit.simulate(transformers.T5Config(**heads), task="embedder", batch_size=2, length=16)
+    assert {call.name for call in prediction.plan.calls} == {f"block.{number}" for number in range(3)}
+
+
 def test_other_inputs_than_text():
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
     vit = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, architectures=["ViTForImageClassification"])

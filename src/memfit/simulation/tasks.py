@@ -240,13 +240,20 @@ def _model(config: Any, task: str, dtype: torch.dtype, attention: str | None) ->
         kind = "AutoModelForSpeechSeq2Seq"
     options = {} if attention is None else {"attn_implementation": attention}
     try:
-        made: torch.nn.Module = getattr(transformers, kind).from_config(config, dtype=dtype, **options)
+        made: Any = getattr(transformers, kind).from_config(config, dtype=dtype, **options)
     except (ValueError, ImportError) as error:
         first = str(error).splitlines()[0]
         if attention is not None and (isinstance(error, ImportError) or "attn_implementation" in first):
             raise UsageError(f"There is no attention `{attention}` for this model. {first}") from error
         raise ModelError(f"transformers has no {task} model for `{config.model_type}`: {first}") from error
-    return made
+    if task == "embedder" and config.is_encoder_decoder:
+        made = made.get_encoder()
+    reads = "pixel_values" if task == "image" else "input_features" if kind.endswith("SpeechSeq2Seq") else "input_ids"
+    if made.main_input_name != reads:
+        raise UsageError(
+            f"{type(made).__name__} reads `{made.main_input_name}`, and the task `{task}` has `{reads}`: give another."
+        )
+    return made  # type: ignore[no-any-return]
 
 
 def _with_lora(model: torch.nn.Module, rank: int, targets: Sequence[str] | None, dropout: float) -> torch.nn.Module:
