@@ -10,6 +10,7 @@ from collections.abc import Callable
 from memfit.cli.forecasting import MODEL_HELP, add_step, check, forecaster
 from memfit.cli.options import EXIT_INFEASIBLE
 from memfit.errors import UsageError
+from memfit.predictions import Prediction
 
 EPILOG = """\
 Without `--seq` the longest sequence is looked for, in steps of 64 tokens; without `--batch` the largest batch.
@@ -41,11 +42,18 @@ def execute(arguments: argparse.Namespace) -> int:
     forecast = forecaster(arguments, arguments.model, compares=False)
     by_batch = arguments.batch is None
 
+    fitting: dict[int, Prediction] = {}
+
+    def step_of(number: int) -> tuple[int, int]:
+        return (number, arguments.seq) if by_batch else (arguments.batch, number * TOKENS)
+
     def fits(number: int) -> bool:
-        step = (number, arguments.seq) if by_batch else (arguments.batch, number * TOKENS)
-        found = forecast(*step).within(arguments.budget).fits
-        print(f"memfit: batch {step[0]}, {step[1]} tokens: {'fits' if found else 'too large'}", file=sys.stderr)
-        return found
+        batch, length = step_of(number)
+        found = forecast(batch, length).within(arguments.budget)
+        if found.fits:
+            fitting[number] = found
+        print(f"memfit: batch {batch}, {length} tokens: {'fits' if found.fits else 'too large'}", file=sys.stderr)
+        return found.fits
 
     limit = MAX_BATCH if by_batch else _positions(arguments) // TOKENS
     best = largest(fits, limit)
@@ -53,8 +61,7 @@ def execute(arguments: argparse.Namespace) -> int:
         smallest = "a batch of 1" if by_batch else f"a sequence of {TOKENS} tokens"
         print(f"memfit: not even {smallest} fits", file=sys.stderr)
         return EXIT_INFEASIBLE
-    step = (best, arguments.seq) if by_batch else (arguments.batch, best * TOKENS)
-    prediction = forecast(*step).within(arguments.budget)
+    step, prediction = step_of(best), fitting[best]
     if arguments.json:
         print(json.dumps({"batch": step[0], "seq": step[1], **prediction.to_dict()}, indent=2, allow_nan=False))
         return 0
