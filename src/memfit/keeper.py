@@ -17,8 +17,8 @@ from memfit.memory import Meter
 MARGIN_SHARE = 0.004
 """Of a budget, for what grows beside the heap: code that runs first, stacks."""
 SCATTER_SHARE = 0.5
-"""Of what is to come, for what does not fit where something was freed. Where tensors grew by 78 MiB, glibc grew by 87
-with large ones mapped, and by 154 without."""
+"""Of what is to come, for what does not fit where something was freed: a process under glibc grew by 87 MiB where
+tensors grew by 78, with large ones mapped."""
 NO_LIMITS = Limits()
 
 
