@@ -57,7 +57,7 @@ check: $(STAMP)-dev tcmalloc
 
 TESTS_deepspeed := tests/integrations/test_deepspeed_predictions.py
 TESTS_distributed := $(addprefix tests/integrations/test_distributed_,contrastive.py predictions.py)
-TESTS_transformers := tests/integrations/test_transformers_peft.py
+TESTS_transformers := $(addprefix tests/integrations/test_transformers_,fsdp.py peft.py)
 
 integrations: $(INTEGRATIONS)
 

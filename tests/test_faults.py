@@ -611,7 +611,7 @@ def test_object_argument(kind: str, run_again: bool, monkeypatch: pytest.MonkeyP
     """What an argument holds decides about one element, and changes when nothing is verified any more."""
     if run_again:
         monkeypatch.setattr(Program, "not_replayable", "the test says so")
-        monkeypatch.setattr("memfit.runtime.replayable_children", lambda module: [])
+        monkeypatch.setattr("memfit.blocks.replayable_children", lambda module: [])
     for outcome in hold(told(kind, lambda i: 5 * (i == 8), steps=10)).values():
         assert outcome.summary is not None
         modes = {block["mode"] for block in outcome.summary["blocks"]}

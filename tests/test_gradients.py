@@ -247,6 +247,31 @@ def test_lora_from_zero(name: str, fit: str) -> None:
 
 
 @on_two_fits
+def test_lora_on_experts(fit: str) -> None:
+    """PEFT merges them into the experts' weights in the forward; merged weights come back as any other value."""
+    merged = 0
+
+    def make() -> Case:
+        nonlocal merged
+        from peft import LoraConfig, get_peft_model
+
+        case = build("mixtral")
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        merged = sum(p.nbytes for name, p in case.model.named_parameters() if name.endswith(tuple(experts)))
+        torch.manual_seed(1)
+        model = get_peft_model(case.model, LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts))
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                nn.init.normal_(parameter, std=0.1)
+        return Case(model.train(), case.batches)
+
+    run = check(make, fit)
+    assert run.summary is not None
+    if fit == "full":
+        assert run.summary["saved_bytes"] < merged
+
+
+@on_two_fits
 def test_lora_behind_input_gradients(fit: str) -> None:
     """What adapter trainers switch on for checkpointing: a hook that makes the embeddings require gradients."""
 

@@ -160,6 +160,16 @@ def test_devices_are_counted(text, count, name):
     assert (found, entry.name) == (count, name)
 
 
+def test_links_of_machines():
+    """As many rings as the machine with fewest devices can feed, no faster than the links inside."""
+    rates = {"h100": [450e9, 400e9, 50e9, 200e9], "b200": [900e9, 400e9, 50e9, 200e9], "rtx4090": [31.5e9] * 4}
+    for name, expected in rates.items():
+        rings = (range(8), range(16), range(0, 64, 8), range(12))
+        assert [find(name).link_bytes_per_second(ring) for ring in rings] == expected
+    assert find("a100-80gb").link_bytes_per_second(range(16)) == 200e9
+    assert find("cpu").link_bytes_per_second(range(16)) is None
+
+
 @pytest.mark.parametrize("text", ["0xh100", "99999999xh100", f"{'9' * 5000}xh100"])
 def test_a_number_of_devices_that_cannot_be_is_refused(text):
     with pytest.raises(UsageError, match="write a number from 1 to"):
@@ -268,7 +278,7 @@ def test_a_relative_cache_folder_is_ignored(monkeypatch, tmp_path):
         (lambda data: "{", "Expecting property name"),
         (lambda data: "[1]", "the record is not an object"),
         (lambda data: "[" * 100_000, "calibration"),
-        (lambda data: json.dumps(data | {"schema_version": 2}), "its schema version is 2"),
+        (lambda data: json.dumps(data | {"schema_version": 1}), "its schema version is 1"),
         (lambda data: json.dumps(data | {"more": 1}), "unknown field `more`"),
         (lambda data: json.dumps({name: value for name, value in data.items() if name != "date"}), "lacks the field"),
         (lambda data: json.dumps(data | {"device": "\x1b[31m"}), "`device` is not printable"),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memfit.errors import InfeasibleBudgetError, ModelError
-from memfit.integrations import llamafactory
+from memfit.integrations import processes
 from memfit.integrations.imports import ImportWatcher
 from memfit.integrations.launcher import Launcher
 
@@ -136,7 +136,9 @@ def test_distributed_data_parallel_is_looked_into(launcher, recorder, x):
             return self.module(x)
 
     model = Stack()
-    DistributedDataParallel(model)(x)
+    wrapped = DistributedDataParallel(model).eval()
+    model.train()  # as Lightning does after it has evaluated: of what trains, the wrapper is no part
+    wrapped(x)
     assert recorder.models == [model]
 
 
@@ -381,13 +383,13 @@ def test_what_the_script_fits_itself_is_reported_and_left_alone(x):
     assert launcher.catches[0].summary()["budget"] is None
 
 
-# LLaMA-Factory: the real one is in tests/integrations/test_llamafactory.py -------------------------------------------
+# LLaMA-Factory, Lightning: the real ones are in tests/integrations/ -------------------------------------------------
 
 
 def test_a_torchrun_that_the_script_starts_runs_under_memfit():
     command = "torchrun --nnodes 1 --nproc_per_node 2 --master_port 29500 /x/llamafactory/launcher.py sft.yaml lr=1"
     words = ["run", "--budget", "6 GiB", "--report", "/y/report.json"]
-    assert llamafactory.under_memfit(command.split(), words) == [
+    assert processes.torchrun_under_memfit(command.split(), words) == [
         *[sys.executable, "-m", "torch.distributed.run"],
         *["--nnodes", "1", "--nproc_per_node", "2", "--master_port", "29500"],
         *["-m", "memfit", "run", "--budget", "6 GiB", "--report", "/y/report.json", "--"],
@@ -397,7 +399,7 @@ def test_a_torchrun_that_the_script_starts_runs_under_memfit():
 
 @pytest.mark.parametrize("command", [[], "torchrun x.py", ["nvidia-smi", "x.py"], ["torchrun", "--help"]])
 def test_other_commands_are_left_alone(command):
-    assert llamafactory.under_memfit(command, ["run"]) is None
+    assert processes.torchrun_under_memfit(command, ["run"]) is None
 
 
 def test_what_started_processes_is_not_blamed(monkeypatch):
@@ -417,3 +419,33 @@ def test_what_started_processes_is_not_blamed(monkeypatch):
     assert starter.subprocess is subprocess
     assert ran[0] == ["nvidia-smi"]
     assert ran[1][-6:] == ["memfit", "run", "--budget", "min", "--", "launcher.py"]
+
+
+def test_a_script_that_is_started_again_runs_under_memfit():
+    """As Lightning starts it, once for every further device; a process observer and the like are left alone."""
+    words = ["run", "--budget", "min"]
+    under = [sys.executable, "-m", "memfit", *words, "--"]
+    assert processes.python_under_memfit([sys.executable, "/x/train.py", "--lr", 1], words) == [
+        *[*under, "/x/train.py", "--lr", "1"]
+    ]
+    assert processes.python_under_memfit((sys.executable, "-m", "train"), words) == [*under, "-m", "train"]
+    for other in (["nvidia-smi", "x.py"], [sys.executable], "python train.py", []):
+        assert processes.python_under_memfit(other, words) is None
+
+
+@pytest.mark.parametrize("name", processes.LIGHTNING)
+def test_what_lightning_starts(monkeypatch, name):
+    """Its own process trains too, and answers for itself."""
+    starter = types.ModuleType(name)
+    starter.subprocess = subprocess
+    monkeypatch.setitem(sys.modules, name, starter)
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.append((command, options)))
+    launcher = Launcher(Recorder(), {}, ["run", "--budget", "min"])
+    launcher.install()
+    starter.subprocess.Popen([sys.executable, "train.py"], env={"LOCAL_RANK": "1"}, cwd=None)
+    launcher.remove()
+    assert starter.subprocess is subprocess
+    command = [sys.executable, "-m", "memfit", "run", "--budget", "min", "--", "train.py"]
+    assert started == [(command, {"env": {"LOCAL_RANK": "1"}, "cwd": None})]
+    assert not launcher.handed_over

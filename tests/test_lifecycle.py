@@ -227,6 +227,20 @@ def test_handle_dropped_without_remove() -> None:
         assert_bitwise_equal(gradients(model, 0), expected)
 
 
+def test_parameters_that_are_replaced_are_not_kept() -> None:
+    """As sharding replaces them before the first step."""
+    model = Stack()
+    refs = [weakref.ref(parameter) for parameter in model.parameters()]
+    handle = memfit.fit(model, budget="min")
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+    del module, name, parameter
+    gc.collect()
+    assert not any(ref() is not None for ref in refs)
+    handle.remove()
+
+
 @pytest.mark.usefixtures("no_garbage_collection")
 def test_many_steps_leave_no_trace() -> None:
     """The number of tensors in the process does not grow over twenty steps, nor over shapes seen before."""

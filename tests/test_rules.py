@@ -48,6 +48,7 @@ from faults import (
 from gradients import Tensors, copies, differences
 from memfit import (
     bits,
+    blocks,
     calls,
     canary,
     frames,
@@ -69,7 +70,7 @@ from memfit.hooks import PostHook, PreHook, RootHook
 from memfit.modes import Modes
 from memfit.plans import Policy
 from memfit.programs import Program
-from memfit.runtime import Runtime
+from memfit.runtime import GRAPH_CHECK_PERIOD, GRAPH_CHECKED_CALLS, Runtime
 from memfit.trace import Recorder
 from zoo import build
 
@@ -1148,7 +1149,7 @@ def test_rule_13_descends() -> None:
     assert found["blocks.1"] == "descent"
     assert found["blocks.1.inner"] == "replay"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "replayable_children", lambda module: [])
+        patch.setattr(blocks, "replayable_children", lambda module: [])
         assert modes() == {"blocks.1": "fallback"}
 
 
@@ -1693,6 +1694,33 @@ def test_rule_20_no_budget_no_hooks() -> None:
 
     assert pushed() == 0
     assert pushed(off) > 0
+
+
+def test_rule_20_what_is_kept_is_left_to_autograd() -> None:
+    """Blocks that drop nothing have no hooks once they are settled, but the first, and each in every sixteenth step."""
+    model = Stack(HiddenFunction)
+    BOX["function"] = F.silu
+    parked: list[set[int]] = []
+    park = runtime.park
+
+    def counted(call: Call) -> Any:
+        parked[-1].add(call.index)
+        return park(call)
+
+    with pytest.MonkeyPatch.context() as patch, memfit.fit(model, budget=1 << 45) as handle:
+        patch.setattr(runtime, "park", counted)
+        for i in range(2 * GRAPH_CHECK_PERIOD + 1):
+            if i == GRAPH_CHECK_PERIOD + 1:
+                BOX["function"] = F.gelu
+            parked.append(set())
+            model(data(i)).backward()
+            modes = {call.mode for call in handle.runtime.calls[1:]}
+            assert modes == ({"replay"} if i < 2 * GRAPH_CHECK_PERIOD else {"kept"}), "there the swap is noticed"
+        notes = " ".join(handle.runtime.notes.values())
+    looked = [i for i in range(GRAPH_CHECKED_CALLS, len(parked)) if parked[i] != {0}]
+    assert looked == [GRAPH_CHECK_PERIOD, 2 * GRAPH_CHECK_PERIOD]
+    assert all(parked[i] == {0, 1, 2} for i in looked)
+    assert "its autograd graph changed" in notes
 
 
 def test_rule_20_no_cache_while_training() -> None:

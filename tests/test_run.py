@@ -216,9 +216,10 @@ def test_the_report_is_text_unless_its_name_says_json(shell):
     assert (shell.folder / "report.txt").read_text() == done.stderr
 
 
-def test_other_ranks_write_reports_of_their_own(shell):
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
+def test_other_ranks_write_reports_of_their_own(shell, variable):
     shell.write("train.py", LOOP)
-    done = shell.run("--budget", "min", "--report", "report.json", "--", "train.py", "3", RANK="2")
+    done = shell.run("--budget", "min", "--report", "report.json", "--", "train.py", "3", **{variable: "2"})
     assert done.returncode == 0
     assert done.stderr == ""
     assert [path.name for path in shell.folder.glob("report*")] == ["report.rank2.json"]

@@ -45,15 +45,32 @@ MODELS = {
         )
     ),
     "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, intermediate_size=512)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            **SIZES, intermediate_size=128, num_key_value_heads=2, num_local_experts=4, use_cache=False
+        )
+    ),
 }
-TARGETS = {"llama": ["q_proj", "v_proj"], "qwen3": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bert": ["query"]}
+CAPPED = {
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SIZES, intermediate_size=344, num_key_value_heads=2, head_dim=32, use_cache=False)
+    ),
+}
+TARGETS = {"gpt2": ["c_attn"], "bert": ["query"], "mixtral": ["q_proj"]}
+EXPERTS = {"mixtral": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
 def make(name, kind="full"):
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = (MODELS | CAPPED)[name]()
     if kind == "lora":
-        config = peft.LoraConfig(r=4, target_modules=TARGETS[name], lora_dropout=0.1, fan_in_fan_out=name == "gpt2")
+        config = peft.LoraConfig(
+            r=4,
+            target_modules=TARGETS.get(name, ["q_proj", "v_proj"]),
+            target_parameters=EXPERTS.get(name),
+            lora_dropout=0.0 if name in EXPERTS else 0.1,  # PEFT takes none on parameters
+            fan_in_fan_out=name == "gpt2",
+        )
         model = peft.get_peft_model(model, config)
     elif kind == "frozen":
         for _, block in find_blocks(model)[:2]:
@@ -308,9 +325,9 @@ def test_blocks_that_only_look_equal_are_all_run():
 
 
 @pytest.mark.parametrize("policy", ["plain", "full"])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_a_chunked_loss_is_that_of_a_real_step(name, policy):
-    """The loss owns the peak of the plain one; its logits are spared."""
+    """The loss owns the peak of the plain one; its logits are spared, capped ones too."""
     forecast = Forecast(make(name), batch_for(name), chunked_loss=True)
     plan = switched(forecast.profile, policy=policy, **forecast.named)
     actual = measured(name, "full", plan, chunked_loss=True)
@@ -334,6 +351,14 @@ def test_one_chunk_stands_for_those_like_it(monkeypatch):
     assert few.step_seconds == pytest.approx(every.step_seconds, rel=1e-9)
 
 
+class Shifted(transformers.LlamaForCausalLM):
+    """Makes of its logits what no chunk can."""
+
+    def forward(self, input_ids, labels):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        return self.loss_function(logits=logits - logits[..., :1], labels=labels, vocab_size=VOCABULARY)
+
+
 def test_what_a_chunked_loss_would_bring():
     sizes = {**SIZES, "vocab_size": 32000, "intermediate_size": 344, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
@@ -344,10 +369,14 @@ def test_what_a_chunked_loss_would_bring():
     assert offered.peak_bytes == with_it.peak.expected < 0.5 * plain.peak.expected
     assert not any("chunked" in each.name for each in with_it.alternatives)
     assert plain.peak.event == "loss"
-    capped = transformers.Gemma2Config(**sizes, head_dim=32, architectures=["Gemma2ForCausalLM"])
-    assert not any("chunked" in each.name for each in memfit.simulate(capped, **step).alternatives)
+    for kind in ("Gemma2", "Cohere", "Granite"):  # which cap their logits, or scale them
+        config = getattr(transformers, f"{kind}Config")(**sizes, architectures=[f"{kind}ForCausalLM"])
+        (offered,) = [each for each in memfit.simulate(config, **step).alternatives if "chunked" in each.name]
+        assert offered.peak_bytes < 0.5 * plain.peak.expected
+    model, batch = Shifted(transformers.LlamaConfig(**SIZES, use_cache=False)), batch_for("llama")
+    assert not any("chunked" in each.name for each in memfit.simulate(model, batch).alternatives)
     with pytest.raises(ModelError, match="cannot be predicted in chunks"):
-        memfit.simulate(capped, **step, chunked_loss=True)
+        memfit.simulate(model, batch, chunked_loss=True)
 
 
 # FLOPs and time ---------------------------------------------------------------------------------------------------

@@ -12,21 +12,19 @@ from torch import nn
 
 import memfit
 from memfit import cli, hardware
-from memfit.blocks import find_blocks
 from memfit.errors import InfeasibleBudgetError, ModelError, UsageError
 from memfit.forecast import Forecast
 from memfit.parallelism import Parallelism, parallelism
-from memfit.simulation.fakes import fake_tensors, twin
+from memfit.simulation.fakes import fake_tensors
 from memfit.simulation.gathering import Settings
-from memfit.simulation.ledger import Ledger
-from memfit.simulation.optimizers import make_optimizer
 from memfit.simulation.parallel import process_group
 from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
-from memfit.simulation.teams import make_team
+from memfit.simulation.teams import notes_of
 from memfit.simulation.traffic import Traffic
 from memfit.simulation.zero3 import Order, Zero3
 from memfit.solver.planner import switched
+from rehearsing import make_model, num_passed_over, rehearse, rehearse_team
 
 SIZES = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4}
 CONFIG = transformers.LlamaConfig(
@@ -72,34 +70,14 @@ def test_uneven_shards_are_padded():
 @pytest.mark.parametrize("how", [{"fsdp": "full"}, {"fsdp": "grad"}, {"fsdp": "hybrid:2"}, {"ddp": True}, {"zero": 2}])
 def test_equal_blocks_are_passed_over_without_a_trace(how):
     """With gathers and reductions around them."""
-    found = []
     chosen = parallelism(4, **how)
-    entry = hardware.find("h100")
-    for doubles in (True, False):
-        with process_group(chosen), fake_tensors():
-            model = twin(transformers.LlamaForCausalLM(CONFIG)).train()
-            ids = torch.zeros(2, 64, dtype=torch.long)
-            team = make_team(chosen, entry, "fp32")
-            team.shard(model, find_blocks(model))
-            ledger = Ledger(lambda name, flops, moved, dtype: flops / 1e12 + moved / 1e11 + 1e-6, traffic=team.traffic)
-            with (
-                team.around(ledger),
-                Rehearsal(model, find_blocks(model), ledger, doubles=doubles, team=team) as rehearsal,
-                ledger,
-            ):
-                result = rehearsal.run(
-                    {"ids": ids},
-                    lambda m=model, i=ids: m(input_ids=i, labels=i).loss,
-                    make_optimizer("adamw", cuda=False),
-                )
-            assert len([call for call in rehearsal._calls if call.template is not None]) == (2 if doubles else 0)
-            assert not rehearsal.differs
-        found.append((result, team.traffic.sent_bytes))
-    (first, sent), (second, also) = found
+    (first, doubled, team), (second, whole, other) = (rehearse(CONFIG, chosen, doubles=each) for each in (True, False))
+    assert [num_passed_over(each) for each in (doubled, whole)] == [2, 0]
+    assert not any(each.differs for each in (doubled, whole))
     assert first.profile.events == second.profile.events
     assert first.profile.programs.keys() == second.profile.programs.keys()
     assert first.gradients == second.gradients
-    assert sent == also > 0
+    assert team.traffic.sent_bytes == other.traffic.sent_bytes > 0
     assert first.step_seconds == pytest.approx(second.step_seconds, rel=0.02)
 
 
@@ -107,23 +85,11 @@ def rehearse_zero3(num_devices: int = 4, **options) -> tuple[Rehearsal, Zero3, R
     """A rehearsal that knows the order of the one before."""
     order: Order | None = None
     with fake_tensors():
-        model = twin(transformers.LlamaForCausalLM(CONFIG)).train()
-        ids = torch.zeros(2, 64, dtype=torch.long)
+        model = make_model(CONFIG)
         for again in (False, options.pop("runs_again", False)):
-            traffic = Traffic(hardware.find("h100"), num_devices)
-            chosen = parallelism(num_devices, zero=3)
+            traffic, chosen = Traffic(hardware.find("h100"), num_devices), parallelism(num_devices, zero=3)
             team = Zero3(chosen, traffic, order=order, runs_again=again, settings=options.get("settings"))
-            team.shard(model, find_blocks(model))
-            ledger = Ledger(lambda name, flops, moved, dtype: flops / 1e12 + moved / 1e11 + 1e-6, traffic=traffic)
-            doubles = options.get("doubles", True)
-            with (
-                team.around(ledger),
-                Rehearsal(model, find_blocks(model), ledger, doubles=doubles, team=team) as rehearsal,
-                ledger,
-            ):
-                found = rehearsal.run(
-                    {"ids": ids}, lambda: model(input_ids=ids, labels=ids).loss, make_optimizer("adamw", cuda=False)
-                )
+            found, rehearsal = rehearse_team(team, model, doubles=options.get("doubles", True))
             order = team.order
     return rehearsal, team, found
 
@@ -138,7 +104,7 @@ def test_gathers_of_equal_blocks_are_passed_over_without_a_trace(settings, runs_
     """As many gathers in the same order; within blocks what is gathered for a moment may come a moment later."""
     first, team, found = rehearse_zero3(settings=settings, runs_again=runs_again)
     second, other, whole = rehearse_zero3(settings=settings, runs_again=runs_again, doubles=False)
-    assert [len([c for c in each._calls if c.template is not None]) for each in (first, second)] == [2, 0]
+    assert [num_passed_over(each) for each in (first, second)] == [2, 0]
     assert team.order.modules == other.order.modules
     assert team.traffic.sent_bytes == other.traffic.sent_bytes > 0
     assert found.profile.programs.keys() == whole.profile.programs.keys()
@@ -198,19 +164,7 @@ def test_what_is_sent():
     """Around a ring, of 4 devices: 3/4 of a buffer; DDP reduces all gradients, FSDP2 gathers blocks twice."""
     sent = {}
     for name, how in {"ddp": {"ddp": True}, "fsdp": {"fsdp": "full"}, "zero": {"zero": 1}}.items():
-        chosen = parallelism(4, **how)
-        with process_group(chosen), fake_tensors():
-            model = twin(transformers.LlamaForCausalLM(CONFIG)).train()
-            ids = torch.zeros(2, 64, dtype=torch.long)
-            team = make_team(chosen, hardware.find("h100"), "fp32")
-            team.shard(model, find_blocks(model))
-            ledger = Ledger(lambda *_: 0.0, traffic=team.traffic)
-            with team.around(ledger), Rehearsal(model, find_blocks(model), ledger, team=team) as rehearsal, ledger:
-                rehearsal.run(
-                    {"ids": ids},
-                    lambda m=model, i=ids: m(input_ids=i, labels=i).loss,
-                    make_optimizer("adamw", cuda=False),
-                )
+        *_, team = rehearse(CONFIG, parallelism(4, **how))
         sent[name] = team.traffic.sent_bytes
     outside = 2 * 1000 * 128 + 128
     buffers = 2 * 16 * 4  # DDP broadcasts them before each forward
@@ -231,6 +185,38 @@ def test_what_is_sent_takes_time_where_nothing_hides_it():
     traffic.settle(4.5)
     assert traffic.exposed_seconds([]) == pytest.approx(2 + 0.5, rel=1e-3)
     assert traffic.exposed_seconds([10.0]) == pytest.approx(2 + 0.5, rel=1e-3), "no backward had begun"
+
+
+def test_what_leaves_a_machine_takes_the_network():
+    """A ring of 16 runs eight times, over 50 GB/s each; one of a device in each machine once."""
+    entry = hardware.find("h100")
+    for ring, rate in ((range(16), 8 * 50e9), (range(0, 16, 8), 50e9), (range(8), 450e9)):
+        traffic = Traffic(entry, 16)
+        traffic.send(1e9, 0.0, ranks=ring)
+        traffic.settle(0.0)
+        moved = 1e9 * (len(ring) - 1) / len(ring)
+        assert traffic.exposed_seconds([]) == pytest.approx(
+            moved / (rate * entry.copy_efficiency) + entry.launch_seconds
+        )
+
+
+@pytest.mark.parametrize(
+    ("number", "device", "sentence"),
+    [
+        (64, "h100", "8 machines of 8 devices are taken to be joined by 50 GB/s for each device (NVIDIA DGX H100"),
+        (16, "a100-80gb", "2 machines of 8 devices are taken to be joined by 25 GB/s for each device (NVIDIA DGX A100"),
+        (8, "h100", "8 devices are taken to be in one"),
+        (
+            16,
+            "rtx4090",
+            "`rtx4090` has no rate for one, so all 16 devices are taken to be linked as those of one machine",
+        ),
+        (16, "cpu", "`cpu` has no rate for its links"),
+    ],
+)
+def test_what_is_assumed_of_machines_is_said(number, device, sentence):
+    (found,) = [note for note in notes_of(parallelism(number, ddp=True), hardware.find(device)) if sentence in note]
+    assert found.endswith(".")
 
 
 def test_more_devices_take_less_each():
@@ -313,8 +299,11 @@ def test_a_process_that_is_a_rank_already():
         (8, {"fsdp": "full", "zero": 1}, "`fsdp` and `zero` do not go together"),
         (8, {"tp": 3}, "`tp=3` does not divide 8 devices"),
         (8, {"tp": 0}, "`tp=0` is no number"),
-        (8, {"tp": 2}, "`tp=2` on 8 devices makes 4 groups"),
-        (8, {"tp": 8, "fsdp": "full"}, "`fsdp` and `tp` do not go together"),
+        (8, {"tp": 8, "fsdp": "full"}, "`fsdp` and `tp` do not go together where `tp=8` takes all 8 devices"),
+        (8, {"tp": 8, "ddp": True}, "`ddp` and `tp` do not go together where `tp=8` takes all 8 devices"),
+        (8, {"tp": 2, "zero": 1}, "`zero` and `tp` do not go together"),
+        (8, {"tp": 2, "ddp": True, "fsdp": "full"}, "`ddp` and `fsdp` do not go together"),
+        (8, {"tp": 2, "fsdp": "hybrid:4"}, "4 groups of 2 devices do not make several groups of 4"),
     ],
 )
 def test_what_cannot_be(devices, options, message):
@@ -329,6 +318,16 @@ def test_words():
     split = parallelism(8, tp=8)
     assert (split.words, split.mesh) == ("tensor parallel over 8 devices", (8,))
     assert (split.num_batches, parallelism(8, ddp=True).num_batches) == (1, 8)
+    groups = parallelism(8, tp=2)
+    assert (groups.words, groups.mesh) == ("tensor parallel over 2 devices in 4 groups", (4, 1, 2))
+    assert groups == parallelism(8, tp=2, ddp=True)
+    assert groups.num_batches == 4
+    sharded = parallelism(8, tp=2, fsdp="full")
+    assert (sharded.words, sharded.mesh) == ("FSDP2 over 4 groups of 2 tensor parallel devices", (4, 2))
+    assert sharded.num_batches == 4
+    hybrid = parallelism(8, tp=2, fsdp="hybrid:2")
+    assert hybrid.words == "FSDP2 in groups of 2 over 4 groups of 2 tensor parallel devices"
+    assert hybrid.axes == {"replicate": 2, "shard": 2, "tp": 2}
     assert parallelism(8, zero=3).words == "ZeRO-3 over 8 devices"
 
 

@@ -14,19 +14,15 @@ from torch.distributed._functional_collectives import all_reduce
 
 import memfit
 from memfit import cli, hardware
-from memfit.blocks import find_blocks
 from memfit.errors import InfeasibleBudgetError, ModelError, UsageError
 from memfit.forecast import Forecast
 from memfit.parallelism import parallelism
-from memfit.simulation.fakes import fake_tensors, twin
+from memfit.simulation.fakes import fake_tensors
 from memfit.simulation.ledger import Ledger
-from memfit.simulation.optimizers import make_optimizer
 from memfit.simulation.parallel import process_group
-from memfit.simulation.rehearsal import Rehearsal
-from memfit.simulation.results import Rehearsed
-from memfit.simulation.teams import make_team
 from memfit.simulation.traffic import Traffic
 from memfit.solver.planner import switched
+from rehearsing import num_passed_over, rehearse
 
 BLOCKS, WIDTH, INNER, WORDS = 5, 128, 344, 1000
 SIZES = {"vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": BLOCKS}
@@ -34,6 +30,7 @@ CONFIG = transformers.LlamaConfig(
     **SIZES, num_attention_heads=8, num_key_value_heads=8, use_cache=False, architectures=["LlamaForCausalLM"]
 )
 MATRICES = 4 * WIDTH * WIDTH + 3 * INNER * WIDTH
+NORMS = BLOCKS * 2 * WIDTH + WIDTH
 HIDDEN, LOGITS = 4 * 2 * 64 * WIDTH, 4 * 2 * 64 * WORDS
 """Bytes of what blocks hand on, and of all logits."""
 BATCH_AND_BUFFERS = 2 * 2 * 64 * 8 + 2 * 8 * 4
@@ -43,28 +40,7 @@ with torch.device("meta"):  # plans of transformers 5.17 leave the embedding who
 
 
 def forecast(number: int = 2, config=CONFIG, **options) -> Forecast:
-    return Forecast(config, num_devices=number, tp=number, **{**STEP, **options})
-
-
-def rehearsed(number: int, config=CONFIG, *, doubles: bool) -> tuple[Rehearsed, Traffic, int]:
-    """The step, what was sent in it, and how many blocks were passed over."""
-    chosen = parallelism(number, tp=number)
-    with process_group(chosen), fake_tensors():
-        model = twin(transformers.AutoModelForCausalLM.from_config(config)).train()
-        ids = torch.zeros(2, 64, dtype=torch.long)
-        team = make_team(chosen, hardware.find("h100"), "fp32")
-        team.shard(model, find_blocks(model))
-        ledger = Ledger(lambda name, flops, moved, dtype: flops / 1e12 + moved / 1e11 + 1e-6, traffic=team.traffic)
-        with (
-            team.around(ledger),
-            Rehearsal(model, find_blocks(model), ledger, doubles=doubles, team=team) as rehearsal,
-            ledger,
-        ):
-            found = rehearsal.run(
-                {"ids": ids}, lambda: model(input_ids=ids, labels=ids).loss, make_optimizer("adamw", cuda=False)
-            )
-        assert not rehearsal.differs
-        return found, team.traffic, len([call for call in rehearsal._calls if call.template is not None])
+    return Forecast(config, num_devices=number, **{**STEP, "tp": number, **options})
 
 
 @pytest.mark.parametrize("number", [2, 8])
@@ -72,8 +48,7 @@ def test_each_device_holds_its_part(number):
     """Of matrices; norms are whole, and so is the gradient of the embedding, which torch does not shard."""
     found = forecast(number)
     parts = found.within("min").peak.parts
-    whole = BLOCKS * 2 * WIDTH + WIDTH
-    split = BLOCKS * MATRICES // number + WORDS * WIDTH // number
+    whole, split = NORMS, BLOCKS * MATRICES // number + WORDS * WIDTH // number
     embedding = WORDS * WIDTH // (number if SPLITS_EMBEDDING else 1)
     assert parts["weights"] == 4 * (whole + split + embedding) + BATCH_AND_BUFFERS
     count = len(list(transformers.LlamaForCausalLM(CONFIG).parameters()))
@@ -82,6 +57,25 @@ def test_each_device_holds_its_part(number):
     assert rehearsed.gradients[-1] == 4 * (whole + split + WORDS * WIDTH)
     trained = found._pricing.num_trainable
     assert trained == found._pricing.num_parameters == BLOCKS * (MATRICES + 2 * WIDTH) + 2 * WORDS * WIDTH + WIDTH
+
+
+@pytest.mark.parametrize(
+    ("how", "copies", "shards"), [({}, 4, 1), ({"fsdp": "full"}, 1, 4), ({"fsdp": "hybrid:2"}, 2, 2)]
+)
+def test_groups_share_what_each_device_holds(how, copies, shards):
+    """Of four groups of two; norms too, which are whole in each device of a group."""
+    found = forecast(8, tp=2, **how)
+    prediction = found.within("min")
+    embedding = WORDS * WIDTH // (2 if SPLITS_EMBEDDING else 1)
+    held = (BLOCKS * MATRICES // 2 + WORDS * WIDTH // 2 + embedding + NORMS) // shards
+    assert prediction.peak.parts["weights"] == 4 * held + BATCH_AND_BUFFERS
+    count = len(list(transformers.LlamaForCausalLM(CONFIG).parameters()))
+    assert prediction.peak.parts["optimizer_state"] == 2 * 4 * held + 4 * count
+    assert found._pricing.rehearsed.gradients[-1] == 4 * held
+    mesh = tuple(size for size in (copies, shards) if size > 1 or copies > 1)
+    assert (prediction.plan.world_size, prediction.plan.mesh) == (8, (*mesh, 2))
+    assert found._pricing.num_parameters == BLOCKS * MATRICES + NORMS + 2 * WORDS * WIDTH
+    assert prediction.tokens_per_second * prediction.step_seconds == pytest.approx(4 * 2 * 64), "a batch for each group"
 
 
 @pytest.mark.parametrize("number", [2, 8])
@@ -102,10 +96,23 @@ def test_blocks_save_their_part(number):
 @pytest.mark.parametrize("number", [2, 8])
 def test_what_is_sent(number):
     """Around a ring. Each block reduces twice forward, and once for each of its column-wise layers backward."""
-    _, traffic, passed = rehearsed(number, doubles=False)
-    assert passed == 0
+    _, rehearsal, team = rehearse(CONFIG, parallelism(number, tp=number), doubles=False)
+    assert num_passed_over(rehearsal) == 0
     reductions = BLOCKS * (2 + 5) + 1 + SPLITS_EMBEDDING
-    assert traffic.sent_bytes == (number - 1) / number * (2 * reductions * HIDDEN + LOGITS)
+    assert team.traffic.sent_bytes == (number - 1) / number * (2 * reductions * HIDDEN + LOGITS)
+
+
+@pytest.mark.parametrize("how", [{}, {"fsdp": "full"}])
+def test_what_groups_send(how):
+    """Over a ring of two in each group, what one group sends; over another, gathers and gradients."""
+    *_, alone = rehearse(CONFIG, parallelism(2, tp=2), doubles=False)
+    *_, team = rehearse(CONFIG, parallelism(4, tp=2, **how), doubles=False)
+    block = MATRICES // 2 + 2 * WIDTH
+    outside = WORDS * WIDTH // 2 + WORDS * WIDTH // (2 if SPLITS_EMBEDDING else 1) + WIDTH
+    gathered = 3 * BLOCKS * block + 2 * outside  # before the forward and the backward; then gradients are scattered
+    reduced = 2 * (BLOCKS * block + outside)
+    between = team.traffic.sent_bytes - alone.traffic.sent_bytes
+    assert between == 1 / 2 * 4 * (gathered if how else reduced)
 
 
 @pytest.mark.parametrize("fake", [True, False])
@@ -113,7 +120,7 @@ def test_what_a_collective_gives_is_there_once(fake):
     """Waiting makes no other tensor, and what stands for the result until then has no memory."""
     with process_group(parallelism(4, tp=4)), fake_tensors() if fake else nullcontext():
         given = torch.zeros(1000)
-        traffic, functional = Traffic(hardware.find("h100"), 4), torch.ops._c10d_functional
+        traffic, functional = Traffic(hardware.find("h100"), 8, split_size=4), torch.ops._c10d_functional
         with Ledger(lambda *_: 0.0, traffic=traffic) as ledger:
             reduced = all_reduce(given, "sum", torch.distributed.group.WORLD)
             assert ledger.now == 4000
@@ -160,8 +167,10 @@ def test_what_is_sent_takes_its_time():
     assert seconds["slow"][1] - seconds["linked"][1] == pytest.approx(999 * (plain + forward) / rate, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_equal_blocks_are_passed_over_without_a_trace(kind):
+@pytest.mark.parametrize(
+    ("kind", "number", "how"), [("llama", 2, {}), ("qwen3", 2, {}), ("llama", 4, {"fsdp": "full"})]
+)
+def test_equal_blocks_are_passed_over_without_a_trace(kind, number, how):
     """Qwen3's norms of heads reduce their gradients by a hook."""
     config = CONFIG
     if kind == "qwen3":
@@ -173,9 +182,11 @@ def test_equal_blocks_are_passed_over_without_a_trace(kind):
             use_cache=False,
             max_window_layers=BLOCKS,
         )
-    (first, _, passed), (second, _, none) = (rehearsed(2, config, doubles=doubles) for doubles in (True, False))
+    chosen = parallelism(number, tp=2, **how)
+    (first, doubled, _), (second, whole, _) = (rehearse(config, chosen, doubles=each) for each in (True, False))
+    assert not any(each.differs for each in (doubled, whole))
     hooked = kind == "qwen3" and not SPLITS_EMBEDDING  # transformers 5.17 hooks modules, which all have to run then
-    assert (passed, none) == (0 if hooked else 2, 0)
+    assert [num_passed_over(each) for each in (doubled, whole)] == [0 if hooked else 2, 0]
     assert first.profile.events == second.profile.events
     assert first.profile.programs.keys() == second.profile.programs.keys()
     assert first.gradients == second.gradients
@@ -261,10 +272,48 @@ def test_what_cannot_be_split():
         memfit.simulate(CONFIG, num_devices=2, tp=2, stack="transformers", **STEP)
 
 
-def test_adapters_are_not_split():
+def test_adapters_of_split_layers():
+    """PEFT's own: of layers that are split by columns B is split, of the embedding A; the rest is whole."""
     pytest.importorskip("peft")
-    with pytest.raises(UsageError, match="Adapters on split layers"):
-        forecast(2, lora=4)
+    targets = ["q_proj", "v_proj", "gate_proj", "embed_tokens"]
+    found, apart = forecast(2, lora=4, lora_targets=targets), forecast(1, lora=4, lora_targets=targets)
+    assert found._pricing.num_trainable == apart._pricing.num_trainable
+    assert found._pricing.num_parameters == apart._pricing.num_parameters
+    whole, split = BLOCKS * 3 * 4 * WIDTH + 4 * WIDTH, BLOCKS * 4 * (2 * WIDTH + INNER)
+    base = NORMS + (BLOCKS * MATRICES + WORDS * WIDTH) // 2
+    if SPLITS_EMBEDDING:
+        split, base = split + 4 * WORDS, base + WORDS * WIDTH // 2
+    else:
+        whole, base = whole + 4 * WORDS, base + WORDS * WIDTH
+    assert found._pricing.num_trainable == whole + split
+    parts = found.within("min").peak.parts
+    assert parts["weights"] == 4 * (base + whole + split // 2) + BATCH_AND_BUFFERS
+    assert parts["optimizer_state"] == 2 * 4 * (whole + split // 2) + 4 * (BLOCKS * 6 + 2)
+    sharded = forecast(8, tp=2, fsdp="full", lora=4, lora_targets=["q_proj"]).within("min").peak.parts["weights"]
+    adapters = BLOCKS * (4 * WIDTH + 4 * WIDTH // 2)
+    assert sharded == 4 * (base + adapters) // 4 + BATCH_AND_BUFFERS
+
+
+def test_adapters_that_do_not_run():
+    """What PEFT 0.21 and transformers 5.23 do of layers that are split by rows fails as it does on real devices."""
+    peft = pytest.importorskip("peft")
+    if SPLITS_EMBEDDING:
+        with pytest.raises(UsageError, match=r"invalid for input.*of down_proj, o_proj, which are split by rows"):
+            forecast(2, lora=4)
+    with pytest.raises(UsageError, match="Quantized weights that are split are not predicted"):
+        forecast(2, lora=4, quantize="4bit", precision="bf16")
+    model = transformers.LlamaForCausalLM(CONFIG)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    with pytest.raises(UsageError, match="Layers are split before they get adapters"):
+        Forecast(adapted, {"input_ids": ids, "labels": ids}, num_devices=2, tp=2)
+
+
+def test_groups_after_groups():
+    """DTensors remember collectives of equal meshes, which are no more."""
+    for how in ({}, {"fsdp": "full"}, {"fsdp": "hybrid:2"}, {}):
+        found = forecast(8, tp=2, **how)
+        assert found.profile.events == forecast(8, tp=2, **how).profile.events
 
 
 def test_the_command_line(capsys, tmp_path):
@@ -273,5 +322,10 @@ def test_the_command_line(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "tensor parallel over 2 devices" in shown
     assert cli.main(["frontier", str(tmp_path), "--gpus", "2xh100", "--tp", "2", "--seq", "64"]) == 0
-    assert cli.main(["plan", str(tmp_path), "--gpus", "8xh100", "--tp", "2", "--seq", "64"]) == 2
-    assert "makes 4 groups" in capsys.readouterr().err
+    assert cli.main(["plan", str(tmp_path), "--gpus", "8xh100", "--tp", "2", "--seq", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert "tensor parallel over 2 devices in 4 groups" in shown
+    assert "as transformers' `dp_replicate_size` does it" in shown
+    words = ["--gpus", "64xh100", "--tp", "8", "--fsdp", "full", "--seq", "64"]
+    assert cli.main(["plan", str(tmp_path), *words]) == 0
+    assert "FSDP2 over 8 groups of 8 tensor parallel devices" in capsys.readouterr().out

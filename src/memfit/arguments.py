@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,8 @@ POLICIES = ("full", "selective", "plain")
 
 BlockChoice = Iterable[str | torch.nn.Module] | torch.nn.Module
 """Names of modules or classes, or the modules themselves: some, one, or a list of the model's."""
+
+_stays_whole = ContextVar("stays_whole", default=True)
 
 
 def check_choice(*, budget: object, policy: object, every_n_layers: object, plan: object) -> None:
@@ -196,11 +200,21 @@ def check_model(model: object) -> torch.device:
     return next(iter(where))
 
 
+@contextmanager
+def before_sharding() -> Iterator[None]:
+    """What is fitted in here is sharded before it trains: its whole weights are no reason to refuse a budget."""
+    token = _stays_whole.set(False)
+    try:
+        yield
+    finally:
+        _stays_whole.reset(token)
+
+
 def check_static(model: torch.nn.Module, limit: int, optimizer: object) -> None:
     """Refuse a budget that is too small before any activation.
 
     Gradients are left out: an optimizer may free each of them in the backward. So is the state of an optimizer that
-    nobody named. Both are measured in the first step.
+    nobody named, and weights that will be sharded. All are measured in the first step.
 
     Raises:
         InfeasibleBudgetError: Naming the parts.
@@ -210,7 +224,7 @@ def check_static(model: torch.nn.Module, limit: int, optimizer: object) -> None:
     state = int(STATE_FACTORS.get(name.lower(), 0.0) * _stepped_bytes(model, optimizer))
     if isinstance(optimizer, torch.optim.SGD):
         state = _stepped_bytes(model, optimizer) if optimizer.defaults.get("momentum") else 0
-    if limit >= weights + state:
+    if limit >= weights + state or not _stays_whole.get():
         return
     parts = f"Weights take {format_bytes(weights)}"
     if state:

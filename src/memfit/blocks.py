@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memfit.errors import ModelError
-from memfit.partitioned import is_resident, partitioned_in
-from memfit.sharding import Modules, is_sharded
+from memfit.partitioned import WHOLE, is_resident, partitioned_in
+from memfit.sharding import Modules, is_sharded, shards_inside
 from memfit.signature import Signatures, Slots, Watch, parameter_slots, pointers_of, storages_of
 
 if TYPE_CHECKING:
     from memfit.entries import Entry
+    from memfit.programs import Program
 
+UNSTEADY = "its program changes from call to call"
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
 _MIN_REPEATS = 2
 _SAME_PROGRAMS = 4
@@ -110,6 +112,27 @@ class Block:
         ]
         if len(same) >= _SAME_PROGRAMS:
             self.ignores_fields = True
+
+    def stop_replaying(self, program: Program, why: str) -> tuple[bool, list[tuple[str, torch.nn.Module]]]:
+        """Rule 13: descend, then fall back, else leave it plain.
+
+        Returns:
+            Whether the block may run again as a whole, and the children that become blocks instead of it.
+        """
+        again = program.foreign == "DTensor" and not shards_inside(self.module)  # what a second run gathers is its own
+        alike = why == WHOLE or not self.partitioned  # on all ranks, see NOTE [Partitioned parameters]
+        safe = not program.writes and not program.python_random and (again or not program.foreign) and alike
+        whole = why in (UNSTEADY, WHOLE) or (again and safe)  # the children's would change too; or show DTensors too
+        children = [] if whole else replayable_children(self.module)
+        if children:
+            self.mode, self.reason = "descent", why
+            self.unhook()
+        elif safe:
+            self.mode, self.reason = "fallback", why
+        else:
+            reason = program.writes or ("draws Python randomness" if program.python_random else why)
+            self.mode, self.reason = "plain", f"{why}; {reason}" if reason != why else why
+        return safe, children
 
     def leave(self, why: str) -> None:
         """Run again as a whole, it was not the same: from now on it keeps what it saves."""

@@ -90,7 +90,7 @@ def _measure(device: torch.device, progress: Callable[[str], None]) -> Hardware:
         progress("the link to the host")
         host_link = _host_link_rate(device)
     launch = _launch_seconds(device)
-    link, link_source = _interconnect(device)
+    (link, link_source), (network, network_source) = _links(device)
     measured = f"measured: torch {torch.__version__} on {device_name(device)}"
     return Hardware(
         name=HERE,
@@ -100,6 +100,7 @@ def _measure(device: torch.device, progress: Callable[[str], None]) -> Hardware:
         memory_bytes_per_second=copy,
         host_link_bytes_per_second=host_link,
         interconnect_bytes_per_second=link,
+        network_bytes_per_second=network,
         launch_seconds=launch,
         # The rates are what was reached, so the shares say only how other kinds of ops compare.
         matmul_efficiency=1.0,
@@ -112,6 +113,7 @@ def _measure(device: torch.device, progress: Callable[[str], None]) -> Hardware:
             "memory_bytes_per_second": f"{measured}, a copy",
             "host_link_bytes_per_second": f"{measured}, pinned" if host_link else "none: it is the host",
             "interconnect_bytes_per_second": link_source,
+            "network_bytes_per_second": network_source,
             "launch_seconds": measured,
             "matmul_efficiency": "1: the rate is measured",
             "attention_efficiency": f"{measured}, forward and backward in {fast}",
@@ -199,14 +201,18 @@ def _launch_seconds(device: torch.device) -> float:
     return _median_seconds(launches, device) / _LAUNCHES
 
 
-def _interconnect(device: torch.device) -> tuple[float | None, str]:
+def _links(device: torch.device) -> list[tuple[float | None, str]]:
+    """To other devices, and to other machines: of the card in the table; with where each is from."""
     if device.type != "cuda" or torch.cuda.device_count() < 2:
-        return None, "none: one device"
+        return [(None, "none: one device")] * 2
     try:
         known = find(torch.cuda.get_device_name(device))
     except UnknownNameError:
-        return None, "not measured, and the card is not in the table"
-    return known.interconnect_bytes_per_second, known.sources["interconnect_bytes_per_second"]
+        return [(None, "none: not measured, and the card is not in the table")] * 2
+    return [
+        (known.interconnect_bytes_per_second, known.sources["interconnect_bytes_per_second"]),
+        (known.network_bytes_per_second, known.sources["network_bytes_per_second"]),
+    ]
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device) -> float:

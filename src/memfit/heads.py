@@ -18,7 +18,7 @@ from torch import Tensor
 from memfit.causal import given_labels, head_of, language_models, why_other_loss
 from memfit.chunked import autocasts, choose_chunk_tokens, linear_cross_entropy, logits_dtype
 from memfit.compiled import is_compiled
-from memfit.logits import DeferredLogits, Source, aten, defer
+from memfit.logits import DeferredLogits, Step, aten, defer
 from memfit.sharding import is_sharded
 from memfit.units import format_bytes
 
@@ -179,7 +179,7 @@ class ChunkedLoss:
             return None
         source = logits.source
         weight, hidden = source.weight, source.hidden
-        factors = read_steps(source)
+        factors = read_steps(source.steps)
         if factors is None or not source.is_pending:
             self._why_plain = "the model does more with its logits than to scale and cap them, before the loss"
             return None
@@ -220,7 +220,7 @@ class ChunkedLoss:
             self._read_bytes = max(self._read_bytes, num_bytes)
 
 
-def read_steps(source: Source) -> tuple[float | None, float | None] | None:
+def read_steps(steps: Sequence[Step]) -> tuple[float | None, float | None] | None:
     """Scale and softcap, as `linear_cross_entropy` has them, of what a model does to its logits.
 
     Returns:
@@ -228,7 +228,7 @@ def read_steps(source: Source) -> tuple[float | None, float | None] | None:
     """
     before = after = 1.0
     capped = False
-    for function, rest, _ in source.steps:
+    for function, rest, _ in steps:
         if function is aten.tanh.default:
             if capped:
                 return None

@@ -20,6 +20,8 @@ from memfit.chunked import logits_dtype
 from memfit.errors import ChangedTensorError
 
 aten = torch.ops.aten
+Step = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""An operator, and its arguments after the first."""
 
 _ALIASES = (aten.detach.default, aten.alias.default)
 _UNARY = (aten.tanh.default,)
@@ -49,7 +51,7 @@ class Source:
     ) -> None:
         """Of nothing but the head."""
         self.hidden, self.weight, self.bias, self.dtype, self.told = hidden, weight, bias, dtype, told
-        self.steps: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...] = ()
+        self.steps: tuple[Step, ...] = ()
         self.value: Tensor | None = None
         self._parent: Source | None = None
         self._children: list[weakref.ref[Source]] = []

@@ -163,6 +163,11 @@ def written(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object
     return found
 
 
+def changes_nothing(func: OpOverload, args: tuple[object, ...]) -> bool:
+    """A tensor set to itself, as a parametrization does that begins (PEFT's, around experts): no write."""
+    return func is torch.ops.aten.set_.source_Tensor and args[0] is args[1]
+
+
 def _flat(values: object) -> list[object]:
     """The leaves of nested tuples and lists."""
     if isinstance(values, (tuple, list)):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from memfit import checkpoints, graph
-from memfit.blocks import Block, replayable_children
+from memfit.blocks import UNSTEADY, Block
 from memfit.calls import Call
 from memfit.canary import Turns
 from memfit.entries import Entry, ProgramState, recorded_alike, state_of
@@ -35,7 +35,7 @@ from memfit.parking import park, park_and_snapshot
 from memfit.partitioned import WHOLE, only_reads
 from memfit.plans import Policy
 from memfit.programs import Program
-from memfit.sharding import shards_inside
+from memfit.replay import CompiledPolicy
 from memfit.signature import numeric_flags, parameter_slots, read_arguments, tensors_in
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
@@ -45,7 +45,6 @@ VERIFIED_CALLS = 3
 GRAPH_CHECKED_CALLS = 8
 GRAPH_CHECK_PERIOD = 16
 MAX_PROGRAMS_PER_BLOCK = 128
-UNSTEADY = "its program changes from call to call"
 MAX_PROGRAMS = 512  # of a model; beyond it those that no block remembers are forgotten
 MAX_RECORDINGS_IN_A_ROW = 32
 RECORDING_FORWARDS = 5  # what a recording costs, in forwards of the block
@@ -210,7 +209,8 @@ class Runtime:
         else:
             call.entry = entry
             call.compiled = entry.state.compile(self.links.accept(call, entry.state, self.choose, self.calls))
-            call.open(park_and_snapshot(call) if call.compiled.snapshots else park(call))
+            if not self._leaves_alone(call, entry, call.compiled):
+                call.open(park_and_snapshot(call) if call.compiled.snapshots else park(call))
         stack.append(call)
 
     def after(self, block: Block, output: Any) -> None:
@@ -310,23 +310,11 @@ class Runtime:
     def _not_replayable(self, call: Call, program: Program, why: str) -> None:
         """Rule 13: descend, then fall back, else leave it plain."""
         block = call.block
-        again = program.foreign == "DTensor" and not shards_inside(block.module)  # what a second run gathers is its own
-        alike = why == WHOLE or not block.partitioned  # on all ranks, see NOTE [Partitioned parameters]
-        safe = not program.writes and not program.python_random and (again or not program.foreign) and alike
-        whole = why in (UNSTEADY, WHOLE) or (again and safe)  # the children's would change too; or show DTensors too
-        children = [] if whole else replayable_children(block.module)
-        if children:
-            at = self.blocks.index(block) + 1
-            block.mode, block.reason = "descent", why
-            block.unhook()
-            for offset, (name, child) in enumerate(children):
-                own = f"{block.name}.{name}" if block.name else name
-                self.add_block(own, child, parent=block.name, at=at + offset)
-        elif safe:
-            block.mode, block.reason = "fallback", why
-        else:
-            reason = program.writes or ("draws Python randomness" if program.python_random else why)
-            block.mode, block.reason = "plain", f"{why}; {reason}" if reason != why else why
+        safe, children = block.stop_replaying(program, why)
+        at = self.blocks.index(block) + 1
+        for offset, (name, child) in enumerate(children):
+            own = f"{block.name}.{name}" if block.name else name
+            self.add_block(own, child, parent=block.name, at=at + offset)
         if safe:
             self._fall_back(call)
         else:
@@ -338,12 +326,21 @@ class Runtime:
 
     # Replaying
 
+    def _leaves_alone(self, call: Call, entry: Entry, compiled: CompiledPolicy) -> bool:
+        # NOTE [Left to autograd]: without hooks, autograd keeps what it saves at no cost, and compares versions itself.
+        # One call in sixteen is parked all the same, and compared with its recording; so is one whose backward somebody
+        # waits for, and what ZeRO-3 has gathered, which must not be kept.
+        watched = call.index == 0 or self.listener is not None or self.keeper.minds(("before", call.index))
+        settled = not entry.record_after and not self._checks_graph(entry)
+        call.alone = compiled.saves_all and settled and not watched and not call.block.partitioned
+        return call.alone
+
     def _finish(self, call: Call, output: Any) -> None:
         entry, compiled = call.entry, call.compiled
         assert entry is not None
         assert compiled is not None
         block, state = call.block, entry.state
-        if not call.fresh:
+        if not call.fresh and not call.alone:
             difference = call.differs()
             if not difference and self._checks_graph(entry):
                 outputs = tensors_in(output)

@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.is_stale():
+        if self.is_stale() or ops.changes_nothing(func, args):
             return func(*args, **kwargs)
         self._reads += 1
         self.checkpoints = self.checkpoints or is_inside()

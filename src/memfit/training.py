@@ -23,7 +23,8 @@ class TrainingState:
         self._device = device
         self._named = optimizer
         self._model = weakref.ref(model)
-        self._trainable: list[torch.nn.Parameter] = []
+        # Weak: sharding puts others into the model, and the whole ones are to go then.
+        self._parameters: list[weakref.ref[torch.nn.Parameter]] = []
         self._identities: set[int] = set()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._own: dict[int, bool] = {}
@@ -41,12 +42,16 @@ class TrainingState:
             self._optimizers.add(stepped)  # DeepSpeed makes its state before the first step
             self.born = True
         trainable = [p for p in owned_parameters(model) if p.requires_grad]
-        if self._trainable and not all(p.is_leaf for p in trainable):
+        if self._parameters and not all(p.is_leaf for p in trainable):
             return  # `functional_call` has put what it was given in their places, for this forward
         identities = {id(p) for p in trainable}
-        if identities != self._identities:
-            self._trainable, self._identities = trainable, identities
+        if identities != self._identities or len(self._trainable) < len(self._parameters):
+            self._parameters, self._identities = [weakref.ref(p) for p in trainable], identities
             self._own.clear()
+
+    @property
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [parameter for reference in self._parameters if (parameter := reference()) is not None]
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer has stepped: its state is there."""

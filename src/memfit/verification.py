@@ -11,7 +11,8 @@ from memfit.calls import Call
 from memfit.frames import Frame
 from memfit.host import memory_ran_out
 from memfit.links import run_output
-from memfit.replay import Restorer
+from memfit.narrowing import narrow_form, widen
+from memfit.replay import CompiledPolicy, Restorer
 from memfit.signature import tensors_in
 
 
@@ -40,7 +41,7 @@ def _difference(call: Call, frame: Frame, output: Any) -> str:
     restorer = Restorer(compiled, frame.states)
     differing: dict[int, float] = {}
     for index in reversed(compiled.dropped):
-        found = [(n, call.widened(n, leaves[n][0])) for n in compiled.leaves[index]]
+        found = [(n, _widened(compiled, n, leaves[n][0])) for n in compiled.leaves[index]]
         found += [(n, frame.parameters[n][0]) for n in compiled.parameters[index]]
         if index in compiled.reads_link:
             found += given
@@ -58,6 +59,14 @@ def _difference(call: Call, frame: Frame, output: Any) -> str:
     return f"{len(differing)} values are kept from now on: replayed, they differ by {max(differing.values()):.3g} ulp"
 
 
+def _widened(compiled: CompiledPolicy, node: int, tensor: torch.Tensor) -> torch.Tensor:
+    """What a recipe will read for a kept node: for a narrowed one, the widened copy."""
+    narrow = compiled.narrowed.get(node)
+    if narrow is None:
+        return tensor
+    return widen(narrow_form(tensor, narrow), tensor.dtype, narrow)
+
+
 def _differing_output(call: Call, frame: Frame, output: Any, given: list[tuple[int, torch.Tensor]]) -> dict[int, float]:
     """The output that the next block may ask for, if its recipe gives something else."""
     compiled = call.compiled
@@ -69,7 +78,7 @@ def _differing_output(call: Call, frame: Frame, output: Any, given: list[tuple[i
     for shown, tensor in zip(compiled.program.outputs, tensors_in(output), strict=True):
         if shown.node != recipe.node:
             continue
-        env = {n: call.widened(n, leaves[n][0]) for n in recipe.leaves}
+        env = {n: _widened(compiled, n, leaves[n][0]) for n in recipe.leaves}
         env.update((n, frame.parameters[n][0]) for n in recipe.parameters)
         env.update(given if recipe.reads_link else ())
         found = run_output(frame, env, shown)

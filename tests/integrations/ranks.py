@@ -7,6 +7,7 @@ environment. No rank outlives the deadline, whatever it waits for. A rank that r
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -14,7 +15,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -248,6 +250,29 @@ def equal(first: list[Mapping[str, Tensor | None]], second: list[Mapping[str, Te
             elif tensor.dtype != other.dtype or not torch.equal(tensor, other):
                 return f"step {step}: {name} differs"
     return ""
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[Counter[str]]:
+    """Counts the calls of the functions that gather and scatter."""
+    count: Counter[str] = Counter()
+    names = ("all_gather_single", "reduce_scatter_single", "all_reduce")  # what FSDP2 calls
+
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    originals = {name: getattr(dist, name) for name in names}
+    for name, original in originals.items():
+        setattr(dist, name, counting(name, original))
+    try:
+        yield count
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
 
 
 if __name__ == "__main__":

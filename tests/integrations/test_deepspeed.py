@@ -714,6 +714,33 @@ def test_an_unmodified_script(runs, stage, budget, mode):
         assert any("told to checkpoint its activations: taken over" in note for note in summary["notes"])
 
 
+CHAT = """
+import torch.distributed as dist
+from test_deepspeed import chat
+
+dist.init_process_group("gloo")
+found = chat(2, False)
+if dist.get_rank() == 0:
+    print("losses", *(float(step["loss"]).hex() for step in found["steps"] if "loss" in step))
+"""
+
+
+def test_an_unmodified_actor_and_critic(runs):
+    """DeepSpeed-Chat's third step under `memfit run`: both models are caught, by the switches that are thrown."""
+    (runs.folder / "chat.py").write_text(CHAT)
+    plain = losses_of(runs.torchrun(2, "chat.py", **script_environment()))
+    memfit_run = ["-m", "memfit", "run", "--budget", "min", "--report", "report.json", "--", "chat.py"]
+    assert losses_of(runs.torchrun(2, *memfit_run, **script_environment())) == plain
+    for name in ("report.json", "report.rank1.json"):
+        models = report(runs.folder / name)["models"]
+        assert [summary["model"] for summary in models] == ["LlamaForCausalLM", "RewardModel"]
+        for summary in models:
+            assert {block["mode"] for block in summary["blocks"]} == {"replay"}, summary
+            assert summary["recomputed_bytes"] > 0
+            assert summary["steps"] == 4
+            assert any("told to checkpoint its activations: taken over" in note for note in summary["notes"])
+
+
 def test_its_own_launcher(runs):
     """`deepspeed --module memfit run …`: the script's losses, and a report of each rank."""
     (runs.folder / "train.py").write_text(SCRIPT)

@@ -35,6 +35,7 @@ from ranks import (
     CLASSES,
     DEADLINE_SECONDS,
     Outcome,
+    counted_collectives,
     equal,
     in_turn,
     loss_of,
@@ -267,7 +268,7 @@ def torchrun(*arguments: str, ranks: int = 2, fails: bool = False) -> str:
     return text
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_memfit_run_under_torchrun(tmp_path, ranks):
     """An unmodified script: `torchrun ... -m memfit run`."""
     script = tmp_path / "train.py"
@@ -279,6 +280,37 @@ def test_memfit_run_under_torchrun(tmp_path, ranks):
         report = json.loads((tmp_path / (f"report.rank{rank}.json" if rank else "report.json")).read_text())
         assert [block["mode"] for block in report["blocks"]] == ["replay"] * 3
         assert not equal(torch.load(tmp_path / f"fitted{rank}"), torch.load(tmp_path / f"plain{rank}"))
+
+
+EXAMPLE = str(Path(__file__).parents[2] / "examples" / "fsdp2_torchrun.py")
+
+
+SHORT = ["--steps", "3", "--length", "64"]
+
+
+def losses_of(text: str) -> list[str]:
+    return [line for line in text.splitlines() if ": loss " in line]
+
+
+def test_the_example_runs_as_it_stands():
+    fitted = torchrun(EXAMPLE, *SHORT)
+    assert len(losses_of(fitted)) == 3
+    assert losses_of(fitted) == losses_of(torchrun(EXAMPLE, *SHORT, "--plain"))
+    assert "  replay  " in fitted
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_memfit_run_with_fsdp2(tmp_path, ranks):
+    """The example without its own line is an unmodified script."""
+    plain = torchrun(EXAMPLE, *SHORT, "--plain", ranks=ranks)
+    options = ["--budget", "min", "--report", str(tmp_path / "report.json")]
+    fitted = torchrun("-m", "memfit", "run", *options, "--", EXAMPLE, *SHORT, "--plain", ranks=ranks)
+    assert len(losses_of(plain)) == 3
+    assert losses_of(fitted) == losses_of(plain)
+    for rank in range(ranks):
+        report = json.loads((tmp_path / (f"report.rank{rank}.json" if rank else "report.json")).read_text())
+        assert {block["mode"] for block in report["blocks"]} == {"replay"}
+        assert report["recomputed_bytes"] > 0
 
 
 PLANNED = """
@@ -453,29 +485,6 @@ def no_gradient_sync(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
-
-
-@contextlib.contextmanager
-def counted_collectives() -> Iterator[Counter[str]]:
-    """Counts the calls of the functions that gather and scatter."""
-    count: Counter[str] = Counter()
-    names = ("all_gather_single", "reduce_scatter_single", "all_reduce")  # what FSDP2 calls
-
-    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            count[name] += 1
-            return original(*args, **kwargs)
-
-        return call
-
-    originals = {name: getattr(dist, name) for name in names}
-    for name, original in originals.items():
-        setattr(dist, name, counting(name, original))
-    try:
-        yield count
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 def gathered_bytes(model: Any) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from training import (
     bert,
     llama,
     rows,
+    run_python,
     weights,
 )
 
@@ -337,3 +340,35 @@ def test_two_processes_with_ddp(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the same") == 2
+
+
+SCRIPT = """
+import sys
+import {name} as pl
+sys.path.insert(0, {folder!r})
+from test_lightning import trained
+
+options = {{"devices": 2, "strategy": "ddp", "use_distributed_sampler": True}} if "ddp" in sys.argv else {{}}
+trainer, module = trained(pl, "out", **options)
+if trainer.is_global_zero:
+    print([loss.hex() for loss in module.losses], [loss.hex() for loss in module.evaluated])
+"""
+
+
+@pytest.mark.parametrize(("name", "devices"), [(NAMES[0], 1), (NAMES[0], 2), (NAMES[1], 2)])
+def test_an_unmodified_script(tmp_path, name, devices):
+    """By `memfit run`. With several devices Lightning starts the script again: each process has a plan and a report."""
+    (tmp_path / "train.py").write_text(SCRIPT.format(name=name, folder=os.path.dirname(__file__)))
+    words = ["train.py", *(["ddp"] if devices == 2 else [])]
+    plain = run_python(tmp_path, *words)
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    options = ["--budget", "min", "--report", "report.json"]
+    fitted = run_python(tmp_path, "-m", "memfit", "run", *options, "--", *words)
+    assert fitted.returncode == 0, fitted.stderr[-3000:]
+    assert fitted.stdout.splitlines()[-1] == plain.stdout.splitlines()[-1]
+    for rank in range(devices):
+        summary = json.loads(Path(tmp_path, f"report.rank{rank}.json" if rank else "report.json").read_text())
+        assert_planned(summary)
+        assert summary["steps"] == 5
+        assert "was caught by its first training forward" in summary["notes"][0]
+        assert any("2 ranks run one plan" in note for note in summary["notes"]) == (devices == 2)

@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -589,17 +588,6 @@ def test_checkpointing_by_fsdp_is_refused(tmp_path):
     assert done.returncode != 0
     assert "memfit.errors.UsageError: `fsdp_config['activation_checkpointing']` is on" in done.stderr
     assert "Remove it to keep Memfit, or remove Memfit to keep it." in done.stderr
-
-
-def test_checkpointing_by_the_configuration_of_accelerate_is_refused(tmp_path):
-    """`accelerate config` reaches the Trainer by its plugin, not by its arguments."""
-    callback = MemfitCallback(budget="min")
-    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=rows(), callbacks=[callback])
-    trainer.accelerator = types.SimpleNamespace(
-        state=types.SimpleNamespace(fsdp_plugin=types.SimpleNamespace(activation_checkpointing=True))
-    )
-    with pytest.raises(UsageError, match="fsdp_activation_checkpointing"):
-        callback.begin(trainer)
 
 
 def test_the_model_is_fitted_before_it_is_wrapped(tmp_path):

@@ -64,12 +64,16 @@ def kbit(**changes):
     return lora(base=peft.prepare_model_for_kbit_training(llama().to(torch.bfloat16), **changes))
 
 
-def quantized(folder, **options):
-    """QLoRA: the base is loaded by bitsandbytes."""
+def quantized(folder, *, checkpointed=False, **options):
+    """QLoRA: the base is loaded by bitsandbytes.
+
+    Args:
+        checkpointed: Whether PEFT switches checkpointing on, which it does unless it is told not to.
+    """
     llama().to(torch.bfloat16).save_pretrained(folder)
     config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16, **options)
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
-    return lora(base=peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False))
+    return lora(base=peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointed))
 
 
 def upcast_and_checkpointed():
@@ -147,6 +151,22 @@ def test_blocks_with_4_bit_weights_are_replayed(tmp_path, options):
     assert callback.summary()["model_flops"] == whole.summary()["model_flops"]
     assert_planned(callback.summary())
     assert_less_is_alive(fitted, plain)
+
+
+def test_checkpointing_that_peft_switches_on_is_taken_over(tmp_path):
+    """`prepare_model_for_kbit_training` as QLoRA's scripts call it."""
+    plain = trained(tmp_path / "plain", quantized(tmp_path / "base", **NF4))
+    callback = MemfitCallback(budget="min")
+    model = quantized(tmp_path / "base", checkpointed=True, **NF4)
+    assert model.is_activation_checkpointing
+    fitted = trained(tmp_path / "fitted", model, callback)
+    assert history(fitted) == history(plain)
+    assert history(fitted, "grad_norm") == history(plain, "grad_norm")
+    assert_same_weights(weights(fitted.model), weights(plain.model))
+    assert_planned(callback.summary())
+    assert_less_is_alive(fitted, plain)
+    assert any("gradient_checkpointing_enable()` was taken over" in note for note in callback.summary()["notes"])
+    assert model.is_activation_checkpointing
 
 
 def test_8_bit_weights_are_left_alone(tmp_path):

@@ -73,12 +73,16 @@ def add_step(parser: argparse.ArgumentParser, *, batch: bool = True, several: bo
 
 
 def _add_together(group: argparse._ArgumentGroup) -> None:
-    """How several devices work together: one of these."""
+    """How several devices work together: one of these, or tensor parallel groups with one of the first two."""
     group.add_argument("--ddp", action="store_true", help="DistributedDataParallel: whole models, reduced gradients")
     group.add_argument("--fsdp", metavar="HOW", help="FSDP2: `full`, `grad`, or `hybrid:N` within groups of N devices")
     group.add_argument("--zero", type=int, metavar="STAGE", help="DeepSpeed's ZeRO: 1, 2 or 3")
     group.add_argument(
-        "--tp", type=int, metavar="N", help="tensor parallel over all N devices, as transformers does it"
+        "--tp",
+        type=int,
+        metavar="N",
+        help="tensor parallel over N devices with one batch, as transformers does it; more are groups of N: copies, or "
+        "what `--fsdp` makes of them",
     )
 
 

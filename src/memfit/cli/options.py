@@ -65,8 +65,8 @@ def read_budget(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rank() -> int:
-    """Which of the processes that `torchrun` has started this is; 0 where there is only one."""
+    """Which of the processes that `torchrun` or Lightning has started this is; 0 where there is only one."""
     try:
-        return int(os.environ.get("RANK", "0"))
+        return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0"))
     except ValueError:
         return 0

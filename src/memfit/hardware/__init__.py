@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 from memfit.hardware.catalog import entries, find, parse_gpus
-from memfit.hardware.entry import Dtype, Hardware
+from memfit.hardware.entry import MACHINE_DEVICES, Dtype, Hardware
 from memfit.hardware.records import CalibrationRecord, calibrated, load_record, record_path, save_record
 
 __all__ = [
+    "MACHINE_DEVICES",
     "CalibrationRecord",
     "Dtype",
     "Hardware",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memfit.hardware.entry import Hardware
-from memfit.hardware.nvidia import PCIE_5, PCIE_5_SOURCE, TORCH_TOTAL
+from memfit.hardware.nvidia import NDR, PCIE_5, PCIE_5_SOURCE, TORCH_TOTAL
 
 _DATASHEET = "AMD Instinct MI300X Accelerator data sheet, without sparsity"
 
@@ -23,6 +23,7 @@ AMD = (
         memory_bytes_per_second=5.3e12,
         host_link_bytes_per_second=PCIE_5,
         interconnect_bytes_per_second=448e9,
+        network_bytes_per_second=NDR,
         launch_seconds=5e-6,
         matmul_efficiency=0.51,
         attention_efficiency=0.35,
@@ -34,6 +35,8 @@ AMD = (
             "memory_bytes_per_second": _DATASHEET,
             "host_link_bytes_per_second": PCIE_5_SOURCE,
             "interconnect_bytes_per_second": f"{_DATASHEET}: seven Infinity Fabric links of 128 GB/s, halved",
+            "network_bytes_per_second": "assumed: one NDR InfiniBand link of 400 Gb/s for each device, as Azure's ND "
+            "MI300X v5 has them",
             "launch_seconds": "assumed: a few microseconds from one small kernel to the next",
             "matmul_efficiency": "measured: best shape of mamf-finder, bf16 (Bekman, Machine Learning Engineering Open "
             "Book): 668.4 of 1300 TFLOP/s",

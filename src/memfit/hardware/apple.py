@@ -21,6 +21,7 @@ def _chip(name: str, *aliases: str, gib: int, flops: float, flops_source: str, b
         memory_bytes_per_second=bandwidth,
         host_link_bytes_per_second=None,
         interconnect_bytes_per_second=None,
+        network_bytes_per_second=None,
         launch_seconds=1e-5,
         matmul_efficiency=0.77,
         attention_efficiency=0.4,
@@ -32,6 +33,7 @@ def _chip(name: str, *aliases: str, gib: int, flops: float, flops_source: str, b
             "memory_bytes_per_second": "Apple: memory bandwidth of the chip with most GPU cores",
             "host_link_bytes_per_second": "none: unified memory",
             "interconnect_bytes_per_second": "none: one GPU",
+            "network_bytes_per_second": "none: one GPU",
             "launch_seconds": "assumed",
             "matmul_efficiency": "measured: 8.0 of 10.4 TFLOP/s in fp32 on M1 Max (Turner, metal-flash-attention); "
             "assumed for the other chips",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ SOURCED = (
     "memory_bytes_per_second",
     "host_link_bytes_per_second",
     "interconnect_bytes_per_second",
+    "network_bytes_per_second",
     "launch_seconds",
     "matmul_efficiency",
     "attention_efficiency",
@@ -25,6 +27,9 @@ SOURCED = (
     "copy_efficiency",
 )
 """The fields of an entry that `Hardware.sources` accounts for."""
+
+MACHINE_DEVICES = 8
+"""Of each machine, where there are more: as NVIDIA's HGX and DGX systems and AMD's Instinct platforms have them."""
 
 _SPELLINGS: dict[str, Dtype] = {
     **{name: name for name in DTYPES},
@@ -55,6 +60,7 @@ class Hardware:
         memory_bytes_per_second: Bandwidth of the device's own memory, reads and writes together.
         host_link_bytes_per_second: To and from the host; ``None`` where host and device share their memory.
         interconnect_bytes_per_second: To and from the other devices of the machine; ``None`` where there are none.
+        network_bytes_per_second: To and from other machines, of each device; ``None`` where no system says.
         launch_seconds: What the smallest kernel takes: no op is faster.
         matmul_efficiency: Share of the matmul rate that large matrix products reach.
         attention_efficiency: Share of the matmul rate that fused attention reaches, forward and backward.
@@ -70,6 +76,7 @@ class Hardware:
     memory_bytes_per_second: float
     host_link_bytes_per_second: float | None
     interconnect_bytes_per_second: float | None
+    network_bytes_per_second: float | None
     launch_seconds: float
     matmul_efficiency: float
     attention_efficiency: float
@@ -94,3 +101,15 @@ class Hardware:
         if known == "fp8":
             raise UsageError(f"`{self.name}` has no fp8: write one of {', '.join(self.matmul_flops_per_second)}.")
         return self.matmul_flops_per_second["fp32"]
+
+    def link_bytes_per_second(self, ring: Sequence[int]) -> float | None:
+        """What a ring of ranks moves; ``None`` where nobody knows.
+
+        Across machines as many rings run as each machine has devices in it, every one over the network link of another;
+        together they are no faster than the links inside. Without a network all are linked as inside.
+        """
+        inside, outside = self.interconnect_bytes_per_second, self.network_bytes_per_second
+        present = Counter(rank // MACHINE_DEVICES for rank in ring).values()
+        if len(present) == 1 or inside is None or outside is None:
+            return inside
+        return min(inside, outside * min(present))

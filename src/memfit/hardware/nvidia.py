@@ -16,6 +16,8 @@ PCIE_4 = 31.5e9
 PCIE_5 = 63.0e9
 PCIE_4_SOURCE = "PCIe 4.0 x16, one direction: 16 GT/s, 128b/130b"
 PCIE_5_SOURCE = "PCIe 5.0 x16, one direction: 32 GT/s, 128b/130b"
+HDR = 25e9
+NDR = 50e9
 TORCH_TOTAL = "total capacity in torch's out-of-memory messages, for cards of this size"
 
 _MAMF = "measured: best shape of mamf-finder, bf16 (Bekman, Machine Learning Engineering Open Book)"
@@ -25,6 +27,8 @@ _AMPERE_MATMUL = (0.87, f"{_MAMF}: 271.2 of 312 TFLOP/s")
 _HOPPER_MATMUL = (0.80, f"{_MAMF}: 794.5 of 989 TFLOP/s")
 _LIKE_A100 = (0.87, "assumed: as A100 SXM")
 _LIKE_H100 = (0.80, "assumed: as H100 SXM")
+_HDR = (HDR, "NVIDIA DGX A100 datasheet: eight single-port ConnectX-6, HDR InfiniBand of 200 Gb/s, for eight GPUs")
+_NDR = (NDR, "NVIDIA DGX H100 and H200 user guide: eight single-port ConnectX-7 of 400 Gb/s for eight GPUs")
 _FLASH_A100 = (0.63, _FLASH_2)
 _FLASH_H100 = (0.35, _FLASH_HOPPER)
 
@@ -40,6 +44,7 @@ def _card(
     matmul: tuple[float, str],
     attention: tuple[float, str],
     nvlink: float | None = None,
+    network: tuple[float | None, str] = (None, "none: no system of NVIDIA's names a link for each card"),
 ) -> Hardware:
     """One card. ``nvlink`` counts one direction, half of what datasheets name; ``None``: cards meet over PCIe."""
     pcie_source = PCIE_5_SOURCE if pcie == PCIE_5 else PCIE_4_SOURCE
@@ -52,6 +57,7 @@ def _card(
         memory_bytes_per_second=bandwidth,
         host_link_bytes_per_second=pcie,
         interconnect_bytes_per_second=pcie if nvlink is None else nvlink,
+        network_bytes_per_second=network[0],
         launch_seconds=5e-6,
         matmul_efficiency=matmul[0],
         attention_efficiency=attention[0],
@@ -63,6 +69,7 @@ def _card(
             "memory_bytes_per_second": datasheet,
             "host_link_bytes_per_second": pcie_source,
             "interconnect_bytes_per_second": pcie_source if nvlink is None else f"{datasheet}: NVLink, halved",
+            "network_bytes_per_second": network[1],
             "launch_seconds": "assumed: a few microseconds from one small kernel to the next",
             "matmul_efficiency": matmul[1],
             "attention_efficiency": attention[1],
@@ -171,6 +178,7 @@ NVIDIA = (
         bandwidth=1555 * _G,
         pcie=PCIE_4,
         nvlink=300 * _G,
+        network=_HDR,
         datasheet="NVIDIA A100 Tensor Core GPU datasheet",
         matmul=_AMPERE_MATMUL,
         attention=_FLASH_A100,
@@ -184,6 +192,7 @@ NVIDIA = (
         bandwidth=2039 * _G,
         pcie=PCIE_4,
         nvlink=300 * _G,
+        network=_HDR,
         datasheet="NVIDIA A100 Tensor Core GPU datasheet",
         matmul=_AMPERE_MATMUL,
         attention=_FLASH_A100,
@@ -198,6 +207,7 @@ NVIDIA = (
         bandwidth=3350 * _G,
         pcie=PCIE_5,
         nvlink=450 * _G,
+        network=_NDR,
         datasheet="NVIDIA H100 Tensor Core GPU datasheet, tensor rates without sparsity",
         matmul=_HOPPER_MATMUL,
         attention=_FLASH_H100,
@@ -221,6 +231,7 @@ NVIDIA = (
         bandwidth=4800 * _G,
         pcie=PCIE_5,
         nvlink=450 * _G,
+        network=_NDR,
         datasheet="NVIDIA H200 Tensor Core GPU datasheet, tensor rates without sparsity",
         matmul=_LIKE_H100,
         attention=(0.35, f"assumed: {_FLASH_HOPPER}"),
@@ -233,6 +244,7 @@ NVIDIA = (
         bandwidth=8000 * _G,
         pcie=PCIE_5,
         nvlink=900 * _G,
+        network=(NDR, "NVIDIA DGX B200 user guide: eight single-port ConnectX-7 of 400 Gb/s for eight GPUs"),
         datasheet="NVIDIA Blackwell Architecture Technical Brief: HGX B200, tensor rates without sparsity",
         matmul=_LIKE_H100,
         attention=(0.35, f"assumed: {_FLASH_HOPPER}"),

@@ -18,7 +18,7 @@ from memfit.errors import CalibrationError
 from memfit.files import write_whole
 from memfit.hardware.entry import DTYPES, SOURCED, Backend, Dtype, Hardware
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HERE = "here"
 """Name of the machine at hand, as calibrated."""
 
@@ -151,11 +151,15 @@ def _read_hardware(value: object) -> Hardware:
         interconnect_bytes_per_second=_positive_or_none(
             entry["interconnect_bytes_per_second"], "interconnect_bytes_per_second"
         ),
+        network_bytes_per_second=_positive_or_none(entry["network_bytes_per_second"], "network_bytes_per_second"),
         **numbers,
     )
 
 
-_NOT_FLOAT = {"memory_bytes", "matmul_flops_per_second", "host_link_bytes_per_second", "interconnect_bytes_per_second"}
+_NOT_FLOAT = {
+    *("memory_bytes", "matmul_flops_per_second"),
+    *("host_link_bytes_per_second", "interconnect_bytes_per_second", "network_bytes_per_second"),
+}
 
 
 def _fields(value: object, where: str, names: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from memfit import fit
 from memfit.errors import UsageError
 from memfit.integrations.catches import Catch
 from memfit.integrations.compilers import CompiledInPlace
-from memfit.integrations.switches import Held, Switches, decides
+from memfit.integrations.switches import Held, Switches, before_sharding, decides
 from memfit.units import parse_budget
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ class FittingCallback:
             options["optimizer"] = optimizer
         compiled = CompiledInPlace(model, trainer, decided=decides(options))
         try:
-            self.handle = fit(model, **options)
+            with before_sharding(trainer):
+                self.handle = fit(model, **options)
         except BaseException:
             compiled.restore()
             held.restore()

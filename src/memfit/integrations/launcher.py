@@ -22,11 +22,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from memfit.errors import ModelError
-from memfit.integrations import llamafactory
+from memfit.integrations import llamafactory, processes
 from memfit.integrations.catches import Catch
 from memfit.integrations.compilers import CompiledInPlace
 from memfit.integrations.imports import ImportWatcher
-from memfit.integrations.switches import Held, Switches, check_sharding, decides
+from memfit.integrations.switches import Held, Switches, before_sharding, check_sharding, decides
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,8 @@ class Launcher:
                 "transformers.modeling_utils": self._watch_models,
                 "transformers.trainer": self._watch_trainer,
                 llamafactory.CHECKPOINTING: self._watch_llamafactory,
-                llamafactory.LAUNCHER: self._watch_torchrun,
+                processes.LLAMA_FACTORY: self._watch_torchrun,
+                **dict.fromkeys(processes.LIGHTNING, self._watch_lightning),
             }
         )
 
@@ -126,7 +127,10 @@ class Launcher:
         """A module is called from outside any other module."""
         import torch
 
-        if not self.is_waiting or module in self._passed_over:
+        if not self.is_waiting:
+            return
+        module = _unwrap(module)  # Lightning leaves the wrapper in evaluation mode, after it has evaluated
+        if module in self._passed_over:
             return
         if self.catches and not any(part in self._asked for part in module.modules()):
             return
@@ -173,11 +177,16 @@ class Launcher:
         self._replace(checkpointing, "prepare_model_for_training", wrap)
 
     def _watch_torchrun(self, starter: ModuleType) -> None:
-        def told() -> None:
-            self.handed_over = True
+        def change(command: Any) -> list[str] | None:
+            changed = processes.torchrun_under_memfit(command, self._words)
+            self.handed_over = self.handed_over or changed is not None
+            return changed
 
-        wrap = functools.partial(llamafactory.starts_memfit, words=self._words, told=told)
-        self._replace(starter, "subprocess", wrap)
+        self._replace(starter, "subprocess", functools.partial(processes.starts_memfit, change=change))
+
+    def _watch_lightning(self, starter: ModuleType) -> None:
+        change = functools.partial(processes.python_under_memfit, words=self._words)
+        self._replace(starter, "subprocess", functools.partial(processes.starts_memfit, change=change))
 
     def _watch_trainer(self, trainer: ModuleType) -> None:
         self._replace(trainer.Trainer, "train", self._inside_trainer)
@@ -200,7 +209,8 @@ class Launcher:
         def loop(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             check_sharding(trainer.args, getattr(trainer, "accelerator", None))
             compiled = CompiledInPlace(trainer.model, trainer, decided=decides(self._options))
-            catch = self.fit(trainer.model, _BY_TRAINER)
+            with before_sharding(trainer):
+                catch = self.fit(trainer.model, _BY_TRAINER)
             if catch is None:
                 compiled.restore()
                 return original(trainer, *args, **kwargs)

@@ -1,16 +1,13 @@
-"""LLaMA-Factory: its own switches for activation checkpointing, and the `torchrun` that its command line starts.
+"""LLaMA-Factory's own switches for activation checkpointing.
 
 It checkpoints activations unless it is told not to, by a method that it binds to the model itself: what was asked for
-is read where it does so, from its own arguments. With several devices `llamafactory.cli train` starts `torchrun`, whose
-processes would train without Memfit; the same command is started with `memfit run` in it.
+is read where it does so, from its own arguments.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType, SimpleNamespace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from memfit.integrations.switches import Switches
@@ -19,9 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 CHECKPOINTING = "llamafactory.model.model_utils.checkpointing"
-LAUNCHER = "llamafactory.launcher"
-
-_TORCHRUN = "torchrun"
 
 
 class LlamaFactorySwitches(Switches):
@@ -72,33 +66,3 @@ def tell_switches(
         return original(model, model_args, *args, **kwargs)
 
     return prepare_model_for_training
-
-
-def starts_memfit(subprocess: ModuleType, words: Sequence[str], told: Callable[[], None]) -> SimpleNamespace:
-    """What takes the place of the module `subprocess` in LLaMA-Factory's launcher: its `torchrun` runs under Memfit.
-
-    Args:
-        words: What stands between `memfit` and the script.
-        told: Hears of a start.
-    """
-
-    def run(command: Any, *args: Any, **kwargs: Any) -> Any:
-        changed = under_memfit(command, words)
-        if changed is not None:
-            told()
-        return subprocess.run(changed or command, *args, **kwargs)
-
-    return SimpleNamespace(**{**vars(subprocess), "run": run})
-
-
-def under_memfit(command: Any, words: Sequence[str]) -> list[str] | None:
-    """A `torchrun` command whose script, its first word that is a Python file, runs under Memfit; others: ``None``."""
-    if not isinstance(command, list | tuple) or not command or command[0] != _TORCHRUN:
-        return None
-    parts = [str(word) for word in command]
-    script = next((i for i, word in enumerate(parts) if word.endswith(".py")), None)
-    if script is None:
-        return None
-    # The `torchrun` of this Python: another one on the path would not find Memfit.
-    launch = [sys.executable, "-m", "torch.distributed.run", *parts[1:script]]
-    return [*launch, "-m", "memfit", *words, "--", *parts[script:]]

@@ -179,5 +179,14 @@ def check_sharding(arguments: Any, accelerator: Any = None) -> None:
         )
 
 
+def before_sharding(trainer: Any) -> contextlib.AbstractContextManager[None]:
+    """In which a Hugging Face Trainer's model is fitted: FSDP and DeepSpeed shard it only when its loop prepares it."""
+    if not any(getattr(trainer, name, False) for name in ("is_fsdp_enabled", "is_deepspeed_enabled")):
+        return contextlib.nullcontext()
+    from memfit import arguments
+
+    return arguments.before_sharding()
+
+
 def _true(asked: Iterable[tuple[str, object]]) -> Iterable[str]:
     return (name for name, value in asked if str(value).lower() in ("true", "1", "yes"))

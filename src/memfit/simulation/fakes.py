@@ -6,13 +6,18 @@ import contextlib
 import copy
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch import _meta_registrations
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from memfit.sharding import as_dtensor, local
+
 _TENSORS = ("_parameters", "_buffers", "_modules")
+_SHAPE_OF_GROUPS = "_meta_grouped_mm_common"
 
 
 def twin(model: torch.nn.Module) -> torch.nn.Module:
@@ -86,7 +91,9 @@ def fake_batch(batch: Any) -> Any:
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype)
+    held = local(tensor)
+    made = torch.empty_strided(tuple(held.shape), held.stride(), dtype=held.dtype)
+    return made if held is tensor else as_dtensor(made, tensor._spec)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -94,10 +101,13 @@ def fake_tensors(mode: FakeTensorMode | None = None) -> Iterator[FakeTensorMode]
     """Where tensors are fake and Hugging Face's models do what they do with real ones; again, with its ``mode``.
 
     They look for fake tensors, and then prepare for being compiled: with masks that an eager step does not make. And
-    they look at position ids to see whether sequences are packed, which those made here are not.
+    they look at position ids to see whether sequences are packed, which those made here are not. Products of groups,
+    which experts are computed with, take every dtype.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
     with mode, contextlib.ExitStack() as stack:
+        shape = getattr(_meta_registrations, _SHAPE_OF_GROUPS, None)
+        stack.enter_context(_replaced(_meta_registrations, _SHAPE_OF_GROUPS, partial(_of_any_dtype, shape)))
         if "transformers" in sys.modules:
             from transformers import masking_utils
             from transformers.utils import import_utils
@@ -105,6 +115,15 @@ def fake_tensors(mode: FakeTensorMode | None = None) -> Iterator[FakeTensorMode]
             stack.enter_context(_replaced(import_utils, "is_fake_tensor", lambda tensor: False))
             stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
         yield mode
+
+
+def _of_any_dtype(original: Any, first: torch.Tensor, second: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """torch's own shapes of grouped products are for bf16 and scaled fp8 alone; its kernels take fp32 and fp16 too."""
+    if first.dtype not in (torch.float32, torch.float16) or second.dtype is not first.dtype:
+        return original(first, second, *args, **kwargs)  # type: ignore[no-any-return]
+    shown = [torch.empty_strided(t.shape, t.stride(), dtype=torch.bfloat16, device=t.device) for t in (first, second)]
+    made = original(*shown, *args, **kwargs)
+    return torch.empty_strided(made.shape, made.stride(), dtype=first.dtype, device=made.device)
 
 
 @contextlib.contextmanager

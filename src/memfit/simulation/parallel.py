@@ -51,6 +51,9 @@ class Team:
     buffered_bytes = 0
     traffic: Traffic | None = None
 
+    def split(self, model: torch.nn.Module) -> None:
+        """Before adapters are put on, once for each model."""
+
     def shard(self, model: torch.nn.Module, blocks: Blocks) -> None:
         """Before the step, once for each model."""
 
@@ -187,10 +190,11 @@ class Sharded(Team):
     shards = True
     together = True
 
-    def __init__(self, parallelism: Parallelism, traffic: Traffic, param_dtype: torch.dtype | None) -> None:
-        """Of ``parallelism``; ``param_dtype`` as `MixedPrecisionPolicy` has it."""
+    def __init__(self, parallelism: Parallelism, traffic: Traffic, mesh: Any, param_dtype: torch.dtype | None) -> None:
+        """Over the axes of ``mesh`` that are of data; ``param_dtype`` as `MixedPrecisionPolicy` has it."""
         self.traffic = traffic
         self._parallelism = parallelism
+        self._mesh = mesh
         self._dtype = param_dtype
 
     def shard(self, model: torch.nn.Module, blocks: Blocks) -> None:
@@ -199,18 +203,16 @@ class Sharded(Team):
         Raises:
             ModelError: FSDP2 does not take the model: it says why.
         """
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        with _disable_current_modes():  # ranks are looked up by number
-            shape = self._parallelism.mesh
-            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        axes = tuple(name for name in self._parallelism.axes if name != "tp")
         policy = MixedPrecisionPolicy()
         if self._dtype is not None:  # as accelerate sets it
             policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=self._dtype, output_dtype=self._dtype)
         reshards = self._parallelism.reshards
         try:
-            with _own_chunks():
+            with _disable_current_modes(), _own_chunks():  # ranks are looked up by number
+                mesh = self._mesh[axes]
                 for _, block in blocks:
                     fully_shard(block, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
                 if all(block is not model for _, block in blocks):
@@ -263,14 +265,17 @@ def _own_chunks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def process_group(parallelism: Parallelism) -> Iterator[None]:
+def process_group(parallelism: Parallelism) -> Iterator[Any]:
     """Be rank 0 of many that are not there, where torch's wrappers need ranks.
+
+    Yields:
+        The device mesh that parameters are to lie on; ``None`` where they are whole.
 
     Raises:
         UsageError: The process is a rank already.
     """
     if parallelism.kind not in ("ddp", "fsdp", "tp"):
-        yield
+        yield None
         return
     if not dist.is_available():
         raise UsageError("This torch is built without `torch.distributed`: predict one device, or with another torch.")
@@ -279,15 +284,28 @@ def process_group(parallelism: Parallelism) -> Iterator[None]:
             "This process is a rank of a process group already. Predict several devices in one of its own, such as "
             "`memfit plan`."
         )
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    axes = parallelism.axes
     shown = sys.excepthook  # torch puts the rank before what it shows from then on
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=parallelism.num_devices)
     try:
-        yield
+        with _disable_current_modes():
+            mesh = init_device_mesh("cpu", parallelism.mesh, mesh_dim_names=tuple(axes)) if axes else None
+        yield mesh
     finally:
         dist.destroy_process_group()
         sys.excepthook = shown
+        _forget_groups()
+
+
+def _forget_groups() -> None:
+    """DTensors remember how ops went on equal meshes, with the groups that those had."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
 
 
 __all__ = ["Blocks", "MakeOptimizer", "Replicas", "Sharded", "Team", "process_group", "shards_of"]

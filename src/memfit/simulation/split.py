@@ -1,15 +1,16 @@
 """Tensor parallelism: transformers' own, with a model's own plan, over torch's fake process group.
 
 What `from_pretrained(distributed_config=DistributedConfig(tp_size=N))` does to a model before its weights are loaded is
-done to one without contents. Weights become DTensors; layers call collectives, whose results they wait for.
+done to one without contents. Weights become DTensors; layers call collectives, whose results they wait for. Adapters
+come after that, as PEFT has them, and then FSDP2 over the groups of devices that split layers, if there are several.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from memfit.errors import MemfitError, UsageError
 from memfit.parallelism import Parallelism
 from memfit.sharding import class_name
 from memfit.simulation.ledger import Ledger
-from memfit.simulation.parallel import Blocks, MakeOptimizer, Team
+from memfit.simulation.parallel import Blocks, MakeOptimizer, Sharded, Team
+from memfit.simulation.quantized import QuantizedLinear
 from memfit.simulation.traffic import Traffic
 
 _WAY_OUT = "`fsdp` (`--fsdp full`) shards parameters, gradients and optimizer state over the same devices."
@@ -31,26 +33,26 @@ class Split(Team):
     splits = True
     together = True
 
-    def __init__(self, parallelism: Parallelism, traffic: Traffic) -> None:
+    def __init__(self, parallelism: Parallelism, traffic: Traffic, mesh: Any) -> None:
+        """Over the axis ``tp`` of ``mesh``."""
         self.traffic = traffic
-        self._degree = parallelism.num_devices
+        self._degree = parallelism.split_size
+        self._mesh = mesh
 
-    def shard(self, model: torch.nn.Module, blocks: Blocks) -> None:
+    def split(self, model: torch.nn.Module) -> None:
         """Replace whole parameters by the shards of rank 0, the largest.
 
         Raises:
             UsageError: The model has no plan, or not one of transformers' models; or transformers cannot do it.
         """
-        from torch.distributed.device_mesh import init_device_mesh
-
         split, name, degree = self._code(model), class_name(model), self._degree
         with _disable_current_modes():  # ranks are looked up by number
-            mesh = init_device_mesh("cpu", (degree,), mesh_dim_names=("tp",))
+            mesh = self._mesh["tp"]
         _untie(model)
         try:
             split(mesh)
-        except (ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError) as error:
-            raise self.refused(model, _first_line(error)) from error
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise self.refused(model, f"{type(error).__name__}: {_first_line(error)}") from error
         tie: Callable[[], None] | None = getattr(model, "tie_weights", None)
         if tie is not None:
             tie()  # as after loading
@@ -83,7 +85,12 @@ class Split(Team):
         kind = getattr(getattr(model, "config", None), "model_type", None)
         if any("lora_" in each for each, _ in model.named_parameters()):
             raise UsageError(
-                f"Adapters on split layers are not predicted: leave `lora` or `tp={degree}` out. {_WAY_OUT}"
+                f"Layers are split before they get adapters: give the model's configuration with `lora`, or leave "
+                f"`tp={degree}` out. {_WAY_OUT}"
+            )
+        if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            raise UsageError(
+                f"Quantized weights that are split are not predicted: leave `quantize` or `tp={degree}` out. {_WAY_OUT}"
             )
         if kind is None or not hasattr(model, "base_model_prefix"):
             raise UsageError(
@@ -104,9 +111,17 @@ class Split(Team):
             ) from None
         apply: Any = apply_tensor_parallelism
         resolve: Any = getattr(model, "_resolve_parallel_plans", None)
-        if resolve is None:  # 5.17: the model has the plan
-            return partial(apply, model)
-        return lambda mesh: apply(model, mesh, resolve(DistributedConfig(tp_size=degree))[0])
+        config = DistributedConfig(tp_size=degree)
+
+        def split(mesh: Any) -> None:
+            asked: Any = model
+            asked._device_mesh, asked._tp_size, asked.config.distributed_config = mesh, degree, config  # for adapters
+            if resolve is None:  # 5.17: the model has the plan
+                apply(model, mesh)
+            else:
+                apply(model, mesh, resolve(config)[0])
+
+        return split
 
     def refused(self, model: torch.nn.Module, what: str) -> MemfitError:
         """Why a model that is split does not run."""
@@ -115,6 +130,12 @@ class Split(Team):
         numbers = {said: getattr(text, name, None) for name, said in names.items()}
         odd = [f"{n} {said}" for said, n in numbers.items() if isinstance(n, int) and n % self._degree]
         why = f" `tp={self._degree}` does not divide {' and '.join(odd)}: give one that does." if odd else ""
+        rows, columns = (_adapted(model, part) for part in ("lora_A", "lora_B"))
+        if rows and not odd:
+            why = (
+                f" Adapters of {', '.join(rows)}, which are split by rows, fail like that on real devices too: give "
+                f"`lora_targets` (`--lora-targets {','.join(columns) or 'q_proj,v_proj'}`) without them."
+            )
         return UsageError(
             f"{class_name(model)} does not run as transformers splits it over {self._degree} devices: "
             f"{what[:200].rstrip('.!')}."
@@ -138,6 +159,35 @@ class Split(Team):
         return made
 
 
+class Groups(Split):
+    """Several groups that split layers: FSDP2 over them, of parts or of whole copies of what a device holds."""
+
+    shards = True
+
+    def __init__(self, parallelism: Parallelism, traffic: Traffic, mesh: Any, param_dtype: torch.dtype | None) -> None:
+        """As `Sharded` and `Split`."""
+        super().__init__(parallelism, traffic, mesh)
+        self._sharded = Sharded(parallelism, traffic, mesh, param_dtype)
+
+    def shard(self, model: torch.nn.Module, blocks: Blocks) -> None:
+        """As `Sharded` does it."""
+        self._sharded.shard(model, blocks)
+
+    @contextlib.contextmanager
+    def around(self, ledger: Ledger) -> Iterator[None]:
+        with super().around(ledger), self._sharded.around(ledger), warnings.catch_warnings():
+            # Logits are a view of a DTensor's.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+            yield
+
+
+def _adapted(model: torch.nn.Module, part: str) -> list[str]:
+    """Last names of layers whose adapters have this part split."""
+    named = ((name.partition(f".{part}.")[0], p) for name, p in model.named_parameters() if f".{part}." in name)
+    meshes = ((name, getattr(p, "device_mesh", None)) for name, p in named)
+    return sorted({name.rpartition(".")[2] for name, mesh in meshes if mesh and "tp" in mesh.mesh_dim_names})
+
+
 def _untie(model: torch.nn.Module) -> None:
     """Give every module parameters of its own, as they are before weights are loaded."""
     seen: set[int] = set()
@@ -154,4 +204,4 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-__all__ = ["Split"]
+__all__ = ["Groups", "Split"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,7 +23,7 @@ from memfit.simulation.rates import rates
 from memfit.simulation.rehearsal import Rehearsal
 from memfit.simulation.results import Rehearsed
 from memfit.simulation.target import CudaKernels
-from memfit.simulation.tasks import Job
+from memfit.simulation.tasks import Job, Split
 from memfit.simulation.teams import make_team
 from memfit.simulation.zero3 import Order, Zero3
 
@@ -37,7 +38,7 @@ class Stage:
     def __init__(
         self,
         entry: Hardware,
-        prepare: Callable[[], Job],
+        prepare: Callable[[Split], Job],
         optimizer: MakeOptimizer | None,
         parallelism: Parallelism,
         *,
@@ -48,7 +49,7 @@ class Stage:
 
         Args:
             entry: The device.
-            prepare: Makes the model and its batch, on fake tensors.
+            prepare: Makes the model and its batch, on fake tensors; it is given what splits the model's layers.
             optimizer: Makes the optimizer of the parameters that train.
             parallelism: What devices do together.
             precision: One of `PRECISIONS`.
@@ -63,12 +64,13 @@ class Stage:
         self._accumulates = accumulates
         self._sharded: list[torch.nn.Module] = []
         self._mode: FakeTensorMode | None = None
+        self._mesh: Any = None
         self._order: Order | None = None
 
     @contextlib.contextmanager
     def set(self) -> Iterator[None]:
         """Jobs are made and rehearsed inside; those of one stage belong together."""
-        with process_group(self._parallelism), fake_tensors(self._mode) as self._mode:
+        with process_group(self._parallelism) as self._mesh, fake_tensors(self._mode) as self._mode:
             yield
 
     @property
@@ -88,7 +90,7 @@ class Stage:
 
     def job(self) -> Job:
         """A model and its batch, without the checkpointing that the model may do itself."""
-        job = self._prepare()
+        job = self._prepare(self._team().split)
         self.notes = tuple(uncheckpointed(job.model))
         return job
 
@@ -149,7 +151,7 @@ class Stage:
         doubles = True
         order = self._order if again else None
         while True:
-            team = make_team(self._parallelism, self._entry, self._precision, order=order, runs_again=again)
+            team = self._team(order=order, runs_again=again)
             if team.shards or team.splits:
                 job = self._shard(team, job)
                 blocks = [(name, job.model.get_submodule(name)) for name, _ in blocks]
@@ -184,8 +186,10 @@ class Stage:
             order = None
             blocks = [part for block in blocks for part in _split(block, rehearsal.not_replayable)]
 
-    def _team(self) -> Team:
-        return make_team(self._parallelism, self._entry, self._precision)
+    def _team(self, *, order: Order | None = None, runs_again: bool = False) -> Team:
+        return make_team(
+            self._parallelism, self._entry, self._precision, self._mesh, order=order, runs_again=runs_again
+        )
 
     def _shard(self, team: Team, job: Job) -> Job:
         """A model can be sharded once, and rehearsed once then."""

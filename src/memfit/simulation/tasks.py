@@ -19,6 +19,8 @@ from memfit.simulation import quantized
 from memfit.simulation.fakes import empty
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Split = Callable[[torch.nn.Module], None]
+"""What splits the layers of a model among devices, where they do that, before it gets adapters."""
 _FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod")
 
 
@@ -102,6 +104,7 @@ def build(
     temperature: float = 0.02,
     quantize: str | None = None,
     device: torch.device | None = None,
+    split: Split | None = None,
 ) -> Job:
     """A model of a configuration, and one batch of the task.
 
@@ -121,6 +124,7 @@ def build(
         temperature: Of the contrastive loss.
         quantize: One of `QUANTIZED`: the base weights under the adapters.
         device: Where to build it with random weights and random tokens; by default all is fake.
+        split: Called with the model before it gets adapters.
 
     Raises:
         UsageError: No such task or precision; a length beyond the model's positions; targets that match nothing.
@@ -149,6 +153,8 @@ def build(
             _check_quantized(lora, device)
             quantized.quantize(model, quantize)
             title = f"{title} in {quantize.removesuffix('bit')} bits"
+        if split is not None:
+            split(model)
         if lora is not None:
             title = f"{title} with LoRA"
             model = _with_lora(model, lora, lora_targets, lora_dropout)
@@ -238,6 +244,9 @@ def _with_lora(model: torch.nn.Module, rank: int, targets: Sequence[str] | None,
     try:
         with warnings.catch_warnings():  # PEFT reads a property that transformers has renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning
+            )  # its own, of experts
             made: torch.nn.Module = peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise UsageError(f"LoRA found nothing to adapt: {str(error).splitlines()[0]}") from error

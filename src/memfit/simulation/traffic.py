@@ -2,9 +2,10 @@
 
 One queue of transfers beside the computation, as a communication stream has it. A transfer of n devices around a ring
 moves (n-1)/n of the whole buffer over each link, an all-reduce twice that (Patarasuk and Yuan 2009, "Bandwidth optimal
-all-reduce algorithms for clusters of workstations"). Gathered parameters are waited for where they are copied out;
-what is reduced, at the end of the backward; the results of functional collectives, as tensor parallelism has them, at
-once.
+all-reduce algorithms for clusters of workstations"). Where it leaves a machine, as many rings share the buffer as the
+machine has devices in it, each over the network link of another, as NCCL lays them. Gathered parameters are waited for
+where they are copied out; what is reduced, at the end of the backward; the results of functional collectives, as tensor
+parallelism has them, at once.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ class Traffic:
         sent_bytes: Over each link, so far; what blocks that are passed over would send themselves is not in it.
     """
 
-    def __init__(self, entry: Hardware, num_devices: int) -> None:
+    def __init__(self, entry: Hardware, num_devices: int, *, split_size: int = 1) -> None:
+        """Of devices that are ``entry``; those that split layers, ``split_size``, do it by functional collectives."""
         self.window = 0
         self.sent_bytes = 0.0
-        self._num_devices = num_devices
-        rate = entry.interconnect_bytes_per_second
-        self._rate = None if rate is None else rate * entry.copy_efficiency
+        self._all: Sequence[int] = range(num_devices)
+        self._group: Sequence[int] = range(split_size) if split_size > 1 else self._all
+        self._entry = entry
         self._launch = entry.launch_seconds
         self._moments: list[_Moment] = []
 
@@ -70,7 +72,7 @@ class Traffic:
             size,
             clock,
             rounds=2 if "allreduce" in name or "all_reduce" in name else 1,
-            num_devices=_group_size(args) or self._num_devices,
+            ranks=_ranks(args),
             key=largest.untyped_storage()._cdata if gathers else 0,
             early=gathers,
         )
@@ -81,7 +83,7 @@ class Traffic:
         clock: float,
         *,
         rounds: int = 1,
-        num_devices: int | None = None,
+        ranks: Sequence[int] | None = None,
         key: int = 0,
         early: bool = False,
     ) -> None:
@@ -91,16 +93,14 @@ class Traffic:
             size: Of the whole buffer, in bytes.
             clock: Seconds of the computation until now.
             rounds: Around the ring: 2 for an all-reduce, else 1.
-            num_devices: In the ring.
+            ranks: In the ring; all of them by default.
             key: For `wait`.
             early: Whether it needs nothing that was computed since the last wait.
         """
-        devices = num_devices or self._num_devices
-        moved = rounds * size * (devices - 1) / devices
-        if devices < 2:
+        ring = ranks or self._all
+        if len(ring) < 2:
             return
-        self.sent_bytes += moved
-        seconds = self._seconds(moved, rounds)
+        seconds = self._seconds(size, rounds, ring)
         self._moments.append(_Moment(clock=clock, window=self.window, seconds=seconds, key=key, early=early))
 
     def waited(self, name: str, args: Sequence[Any], results: Sequence[Any]) -> float:
@@ -112,13 +112,13 @@ class Traffic:
         if not any(word in name for word in ("reduce", "gather", "all_to_all", "broadcast", "permute")):
             return 0.0  # waiting, and wrapping what is waited for
         size = max((t.numel() * t.element_size() for t in tensors_in((args, results))), default=0)
-        rounds = 2 if "all_reduce" in name else 1
-        moved = rounds * size * (self._num_devices - 1) / self._num_devices
-        self.sent_bytes += moved
-        return self._seconds(moved, rounds)
+        return self._seconds(size, 2 if "all_reduce" in name else 1, self._group)
 
-    def _seconds(self, moved: float, rounds: int) -> float:
-        return 0.0 if self._rate is None else moved / self._rate + rounds * self._launch
+    def _seconds(self, size: float, rounds: int, ring: Sequence[int]) -> float:
+        moved = rounds * size * (len(ring) - 1) / len(ring)
+        self.sent_bytes += moved
+        rate = self._entry.link_bytes_per_second(ring)
+        return 0.0 if rate is None else moved / (rate * self._entry.copy_efficiency) + rounds * self._launch
 
     def wait(self, key: int, clock: float) -> None:
         """The computation needs a transfer."""
@@ -151,11 +151,11 @@ class Traffic:
         return lag
 
 
-def _group_size(args: Sequence[Any]) -> int | None:
+def _ranks(args: Sequence[Any]) -> list[int] | None:
     for each in args:
         if isinstance(each, torch.ScriptObject):
             try:
-                return int(dist.ProcessGroup.unbox(each).size())
+                return dist.get_process_group_ranks(dist.ProcessGroup.unbox(each))
             except (RuntimeError, TypeError, AttributeError):
                 continue  # another object, such as the operation
     return None

@@ -32,25 +32,18 @@ BUCKET_ELEMENTS = 500_000_000
 _ALIGNED = 2  # elements of each rank: `nccl_start_alignment_factor`
 
 
-class Zero(Team):
-    """Stages 1 and 2: optimizer state in parts; in stage 2 gradients too."""
+class Engine(Team):
+    """What all stages do: hooks take gradients over as they come, and put them into a bucket until it is full."""
 
     together = True
 
     def __init__(self, parallelism: Parallelism, traffic: Traffic) -> None:
         self.traffic: Traffic = traffic
-        self.moves_gradients = parallelism.stage == 2
         self._ranks = parallelism.num_devices
-        self._ledger: Ledger | None = None
         self._hooks: list[Any] = []
-        self._master: torch.Tensor | None = None
-        self._padding: torch.Tensor | None = None
-        self._bucket: torch.Tensor | None = None
-        self._mine: torch.Tensor | None = None
-        self._large: torch.Tensor | None = None
         self._pending: list[torch.Tensor] = []
         self._elements = 0
-        self._transient = 0
+        self._large: torch.Tensor | None = None
 
     @contextlib.contextmanager
     def around(self, ledger: Ledger) -> Iterator[None]:
@@ -59,6 +52,31 @@ class Zero(Team):
         finally:
             for hook in self._hooks:
                 hook.remove()
+
+    def _take_over(self, parameters: Sequence[torch.Tensor], ready: Callable[[torch.Tensor], None]) -> None:
+        """Call ``ready`` with each parameter whose gradient is there."""
+        for parameter in parameters:
+            hook: Callable[..., Any] = parameter.register_post_accumulate_grad_hook
+            self._hooks.append(hook(ready))
+
+    def gradient_bytes(self, states: TrainingState) -> int:
+        """Of gradients that are there: in the bucket they are no more, but for one that is larger."""
+        large = 0 if self._large is None else self._large.numel() * self._large.element_size()
+        return states.gradient_bytes() + large
+
+
+class Zero(Engine):
+    """Stages 1 and 2: optimizer state in parts; in stage 2 gradients too."""
+
+    def __init__(self, parallelism: Parallelism, traffic: Traffic) -> None:
+        super().__init__(parallelism, traffic)
+        self.moves_gradients = parallelism.stage == 2
+        self._ledger: Ledger | None = None
+        self._master: torch.Tensor | None = None
+        self._padding: torch.Tensor | None = None
+        self._bucket: torch.Tensor | None = None
+        self._mine: torch.Tensor | None = None
+        self._transient = 0
 
     def start(self, model: torch.nn.Module, blocks: Blocks, ledger: Ledger) -> int:
         """Make the fp32 partition, and take the gradients over as they come."""
@@ -73,9 +91,7 @@ class Zero(Team):
         self._limit = bucket_elements(model)
         self._padding = torch.empty(whole - total, dtype=self._dtype)
         self._master = torch.empty(self._size, dtype=torch.float32)
-        for parameter in self._parameters:
-            hook: Callable[..., Any] = parameter.register_post_accumulate_grad_hook
-            self._hooks.append(hook(self._ready))
+        self._take_over(self._parameters, self._ready)
         return self._size * 4 + (whole - total) * self._dtype.itemsize
 
     def _place(self, size: int) -> None:
@@ -142,10 +158,9 @@ class Zero(Team):
         return found
 
     def gradient_bytes(self, states: TrainingState) -> int:
-        """Of gradients that are there: in the bucket they are no more."""
+        """And of the rank's own part."""
         mine = 0 if self._mine is None else self._mine.numel() * self._mine.element_size()
-        large = 0 if self._large is None else self._large.numel() * self._large.element_size()
-        return states.gradient_bytes() + mine + large
+        return super().gradient_bytes(states) + mine
 
     def resident_bytes(self, ended: int) -> int:
         """In stage 1 gradients stay whole until the last micro-batch."""
@@ -211,4 +226,4 @@ def hidden_size(model: torch.nn.Module) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-__all__ = ["Zero", "hidden_size"]
+__all__ = ["Engine", "Zero", "hidden_size"]

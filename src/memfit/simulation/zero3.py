@@ -18,8 +18,7 @@ once with it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +28,9 @@ from memfit.parallelism import Parallelism
 from memfit.simulation.gathering import Gathering, Settings, Weight
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.listening import listen
-from memfit.simulation.parallel import Blocks, MakeOptimizer, Team
+from memfit.simulation.parallel import Blocks, MakeOptimizer
 from memfit.simulation.traffic import Traffic
-from memfit.simulation.zero import hidden_size
-from memfit.training import TrainingState
+from memfit.simulation.zero import Engine, hidden_size
 
 _AGAIN = " runs again"
 """No module's name."""
@@ -62,12 +60,11 @@ class Order:
         return found + self.modules[done:]
 
 
-class Zero3(Team):
+class Zero3(Engine):
     """Stage 3: all in parts; parameters are whole around a module's own forward and backward."""
 
     shards = True
     lasting = False
-    together = True
     moves_gradients = True
 
     def __init__(
@@ -88,22 +85,17 @@ class Zero3(Team):
             runs_again: Whether blocks are run again as a whole in the backward, and not by recipes.
             settings: Of the configuration; by default as ``auto`` has them.
         """
-        self.traffic: Traffic = traffic
+        super().__init__(parallelism, traffic)
         self.order = Order()
         self._known = order
         self._runs_again = runs_again
         self._settings = settings or Settings()
         self._asked = settings is not None
-        self._ranks = parallelism.num_devices
-        self._hooks: list[Any] = []
         self._weights: dict[int, Weight] = {}
         self._inside: dict[str, str] = {}  # by module the block that it lies in
         self._tokens: dict[tuple[str, bool], list[tuple[bool, str]]] = {}
         self._clock: float | None = None
         self._late: list[int] | None = None  # gathers that a block which is passed over waits for in its end
-        self._pending: list[torch.Tensor] = []
-        self._large: torch.Tensor | None = None
-        self._elements = 0
         self._base = self._highest = 0
 
     # Around modules
@@ -170,14 +162,6 @@ class Zero3(Team):
 
     # The step
 
-    @contextlib.contextmanager
-    def around(self, ledger: Ledger) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            for hook in self._hooks:
-                hook.remove()
-
     def start(self, model: torch.nn.Module, blocks: Blocks, ledger: Ledger) -> int:
         """Make the parts, and take the gradients over as they come."""
         self._ledger = ledger
@@ -204,9 +188,7 @@ class Zero3(Team):
             torch.empty(shards + self.buffered_bytes, dtype=torch.uint8),
             torch.empty(self._settings.bucket, dtype=dtype),
         ]
-        for parameter in trained:
-            hook: Callable[..., Any] = parameter.register_post_accumulate_grad_hook
-            self._hooks.append(hook(self._ready))
+        self._take_over(trained, self._ready)
         order = self._known
         self._gathering = Gathering(
             self._owned(model),
@@ -292,11 +274,6 @@ class Zero3(Team):
         """The most that was gathered, and copied to be reduced, beyond what was gathered at the last call."""
         found, self._highest, self._base = self._highest, 0, self._gathering.now
         return found
-
-    def gradient_bytes(self, states: TrainingState) -> int:
-        """Of gradients that are there, beside those in the bucket and the rank's own part."""
-        large = 0 if self._large is None else self._large.numel() * self._large.element_size()
-        return states.gradient_bytes() + large
 
     # The step of the optimizer
 
