@@ -194,6 +194,22 @@ def test_the_committed_cells():
         assert predicted["tensor_bytes"] == pytest.approx(measured["tensor_bytes"], rel=0.01)
 
 
+def test_the_committed_cells_under_glibc():
+    """The resident set within 15% of what is expected, and never above the highest; tensors within 1%."""
+    files = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("bench-glibc-*.json"))
+    cells = [cell for file in files for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]]
+    assert len({(cell["model"], cell["trains"], cell["plan"]) for cell in cells}) >= 4
+    for cell in cells:
+        predicted, measured = cell["predicted"], cell["measured"]
+        assert measured["allocator"] == "glibc"
+        assert measured["held"]
+        assert measured["peak_bytes"] <= predicted["peak_bytes"]["high"]
+        assert measured["peak_bytes"] == pytest.approx(predicted["peak_bytes"]["expected"], rel=0.15)
+        assert sum(predicted["peak_bytes"]["parts"].values()) == predicted["peak_bytes"]["expected"]
+        assert predicted["peak_bytes"]["parts"]["allocator_slack"] > 0
+        assert predicted["tensor_bytes"] == pytest.approx(measured["tensor_bytes"], rel=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(host.find_allocator() is None, reason="there is no tcmalloc")
 def test_real_steps(folder, tmp_path):

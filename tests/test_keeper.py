@@ -67,11 +67,12 @@ def keep(process: Process, monkeypatch: pytest.MonkeyPatch, heap: Limited | None
 @pytest.mark.parametrize(
     ("moment", "used", "free", "left"),
     [
-        (START, 800, 100, 100),
-        (START, 800, 101, 0),
-        (AFTER, 700, 100, 100),
-        (AFTER, 700, 101, 0),
-        (BEFORE, 700, 250, 250),
+        (START, 800, 50, 50),
+        (START, 800, 51, 0),
+        (AFTER, 600, 100, 100),
+        (AFTER, 600, 101, 0),
+        (BEFORE, 700, 225, 225),
+        (BEFORE, 700, 226, 0),
         (("after", 0), 900, 500, 500),
     ],
 )
@@ -103,6 +104,36 @@ def test_a_heap_that_takes_a_limit_needs_no_moments(monkeypatch: pytest.MonkeyPa
     kept.begin(LIMITS)
     kept.relax()
     assert heap.size is None
+
+
+class Mapped:
+    """Mappings that write down whether somebody holds a budget."""
+
+    on: bool | None = None
+
+    def hold(self, holder: object) -> None:
+        self.on = True
+
+    def let_go(self, holder: object) -> None:
+        self.on = False
+
+
+def test_large_tensors_are_mapped_unless_steps_stay_far_from_the_budget(monkeypatch: pytest.MonkeyPatch):
+    mapped = Mapped()
+    monkeypatch.setattr(keeper, "heap", lambda: None)
+    monkeypatch.setattr(keeper, "mappings", lambda: mapped)
+    Keeper(cast(Meter, Process(device="cuda:0"))).begin(LIMITS)
+    kept = Keeper(cast(Meter, Process()))
+    assert mapped.on is None
+    kept.begin(LIMITS)
+    assert mapped.on
+    kept.begin(Limits())
+    assert mapped.on, "a step that no plan knows"
+    kept.begin(Limits(1000))
+    assert not mapped.on
+    kept.begin(LIMITS)
+    kept.relax()
+    assert not mapped.on
 
 
 def test_on_cuda_nothing_is_handed_back(monkeypatch: pytest.MonkeyPatch):

@@ -52,7 +52,7 @@ def test_calls_go_by_their_place_in_the_step():
 
 
 def test_far_from_the_budget_nothing_is_minded():
-    assert limits(STEP, SIMULATION, [0, 1], 2000) == Limits(2000)
+    assert limits(STEP, SIMULATION, [0, 1], 2400) == Limits(2400)
     assert limits(replace(STEP, events=()), SIMULATION, [0, 1], 0) == Limits()
 
 

@@ -9,8 +9,9 @@ from typing import Literal
 from memfit.profiles import StepProfile
 from memfit.solver.peak import Simulation
 
-NEAR_SHARE = 0.8
-"""Where the peak stays under this share of the budget, freed memory may lie where it is."""
+NEAR_SHARE = 0.6
+"""Where the peak stays under this share of the budget, freed memory may lie where it is: glibc has kept half as much as
+a process held otherwise."""
 
 Moment = tuple[Literal["start", "after", "before"], int]
 """Before the first block call; after the forward of one, or before its backward, by its index in the step."""

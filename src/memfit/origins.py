@@ -32,7 +32,8 @@ def origin(command: str, device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
         machine["gpu_bytes"] = torch.cuda.get_device_properties(0).total_memory
-    library = host.find_allocator() if device == "cpu" else None
+    may_load = device == "cpu" and os.environ.get("MEMFIT_ALLOCATOR") != "system"
+    library = host.find_allocator() if may_load else None
     return {
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -229,6 +229,7 @@ def _seconds(step: Callable[[], None]) -> float:
 def _run(folder: Path) -> None:
     trial = Trial(**json.loads((folder / _TRIAL).read_text(encoding="utf-8")))
     plan = Plan.load(folder / _PLAN) if trial.planned else None
+    torch.set_flush_denormal(True)  # random weights learn one batch: gradients vanish, and are slow to compute with
     stepper = _Stepper(trial, plan)
     for _ in range(_WARM_STEPS[trial.planned]):
         stepper.step()
