@@ -70,6 +70,7 @@ from memfit.hooks import PostHook, PreHook, RootHook
 from memfit.modes import Modes
 from memfit.plans import Policy
 from memfit.programs import Program
+from memfit.resets import Resets
 from memfit.runtime import GRAPH_CHECK_PERIOD, GRAPH_CHECKED_CALLS, Runtime
 from memfit.trace import Recorder
 from zoo import build
@@ -1011,6 +1012,47 @@ def test_rule_11_versions(write: str) -> None:
         train(Watched(), fit, seen, inside=at(2, torch.no_grad()(WRITES[write])), steps=4)
 
     matters(scenario, no_versions, backstops=[no_canary], failure="wrong" if refusal else "silent", refusal=refusal)
+
+
+class SetsAgain(Block):
+    """Sets a bias to itself, as a parametrization does that begins: its version counts that in each forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.up.bias.set_(self.up.bias)
+        return super().forward(x)
+
+
+def twice(model: nn.Module, x: Tensor) -> Tensor:
+    """A forward, one that nobody trains on, and another, before the backward through both."""
+    first = model(x)
+    with torch.no_grad():
+        model(x)
+    return first + model(x.flip(0)).square()
+
+
+def test_rule_11_what_is_set_to_itself_is_not_written() -> None:
+    """Plain autograd keeps no bias, and so minds no version of it."""
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        train(Stack(SetsAgain), fit, seen, forward=twice)
+
+    def off(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(Resets, "leave", lambda self: None)
+
+    matters(scenario, off, failure="error")
+
+
+def test_rule_11_what_is_set_to_itself_may_be_written_too() -> None:
+    """Only what the block's forwards add to a version is left out of the comparison."""
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        train(Stack(SetsAgain), fit, seen, inside=at(2, torch.no_grad()(WRITES["bias"])), forward=twice, steps=4)
+
+    def off(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(Resets, "version", lambda self, tensor: 0)
+
+    matters(scenario, off, backstops=[no_canary], refusal=True)
 
 
 READS: dict[str, Callable[[Tensor], float]] = {

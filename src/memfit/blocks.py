@@ -9,6 +9,7 @@ import torch
 
 from memfit.errors import ModelError
 from memfit.partitioned import WHOLE, is_resident, partitioned_in
+from memfit.resets import Resets
 from memfit.sharding import Modules, is_sharded, shards_inside
 from memfit.signature import Signatures, Slots, Watch, parameter_slots, pointers_of, storages_of
 
@@ -45,6 +46,7 @@ class Block:
         above: The modules that it is in, from the model down.
         sharded: Whether its parameters may be gone outside its own forward and backward.
         partitioned: Those of them that are ZeRO-3's.
+        resets: Of its parameters, in its forwards.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Block:
     above: Modules = ()
     sharded: bool = False
     partitioned: list[torch.nn.Parameter] = field(default_factory=list)
+    resets: Resets = field(default_factory=Resets)
 
     def look(self, generation: int) -> None:
         """Has it become another one? Where do its parameters lie? Looked at once per forward of the model."""

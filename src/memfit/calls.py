@@ -214,6 +214,7 @@ class Call:
         if compiled.dropped or compiled.returned is not None:
             frame.flags = self.flags
             frame.sharded = self.block.sharded
+            frame.resets = resets = self.block.resets
             states = self.states or {}
             frame.states = {packed: states[packed] for packed in compiled.snapshots}
             for number in compiled.parameter_nodes:
@@ -223,7 +224,7 @@ class Call:
                     if leaf is not None and leaf.kind == "buffer" and is_small(tensor):
                         tensor = tensor.detach().clone()
                     place = place_of(tensor) if frame.sharded else tensor.data_ptr()
-                    frame.parameters[number] = (tensor, place, tensor._version)
+                    frame.parameters[number] = (tensor, place, resets.version(tensor))
         return frame
 
     def cells(self, inputs: Inputs | None = None) -> dict[int, tuple[torch.Tensor, int]]:

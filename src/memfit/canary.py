@@ -20,7 +20,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class HostProbe:
-    """Samples one saved tensor in host memory. By address, words take a twentieth of a view and a comparison."""
+    """Samples one saved tensor in host memory. By address, words cost a fraction of a view and a comparison."""
 
     __slots__ = ("_dtype", "_room", "_span", "_step", "_word", "_words")
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from memfit.holders import Holders
     from memfit.inputs import Inputs
     from memfit.links import Upstream
+    from memfit.resets import Resets
 
 Cell = tuple[int, torch.Tensor, int]
 """A leaf of a recipe: node, tensor, and the version that it must still have."""
@@ -114,6 +115,7 @@ class Frame:
         "listener",
         "lock",
         "parameters",
+        "resets",
         "restorer",
         "same_flags",
         "samples",
@@ -134,6 +136,7 @@ class Frame:
         self.restorer: Restorer | None = None
         self.states: dict[int, dict[Any, torch.Tensor]] | None = None
         self.parameters: dict[int, tuple[torch.Tensor, int, int]] = {}
+        self.resets: Resets | None = None
         self.samples: canary.Samples | None = None
         self.hashes: dict[int, torch.Tensor] | None = None
         self.holders: Holders | None = None
@@ -246,14 +249,11 @@ class Frame:
     def _add_parameters(self, nodes: tuple[int, ...], leaves: list[tuple[int, torch.Tensor]]) -> None:
         for node in nodes:
             tensor, place, version = self.parameters[node]
-            if tensor._version != version or (place_of(tensor) if self.sharded else tensor.data_ptr()) != place:
+            now = self.resets.version(tensor) if self.resets else tensor._version
+            if now != version or (place_of(tensor) if self.sharded else tensor.data_ptr()) != place:
                 leaf = self.compiled.program.nodes[node].leaf
                 name = f"{self.block}.{leaf.owner}.{leaf.name}".replace("..", ".") if leaf is not None else self.block
-                how = (
-                    f"is at version {tensor._version}, was {version}"
-                    if tensor._version != version
-                    else "has other data"
-                )
+                how = f"is at version {now}, was {version}" if now != version else "has other data"
                 if self.sharded and not place_of(tensor):
                     how = "is not gathered"
                 raise ChangedTensorError(

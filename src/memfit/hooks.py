@@ -86,6 +86,8 @@ class PreHook:
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and self.runtime is not None and self.block is not None:
             flops.suspend()
+            if self.block.resets:
+                self.block.resets.enter()
             self.runtime.before(self.block, module, args, kwargs)
             flops.enter(self.block.name)
 
@@ -106,6 +108,8 @@ class PostHook:
     def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling() and self.runtime is not None and self.block is not None:
             flops.suspend()
+            if self.block.resets:
+                self.block.resets.leave()
             self.runtime.after(self.block, output)
             flops.leave(self.block.name)
 

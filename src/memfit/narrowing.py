@@ -16,7 +16,7 @@ def widen(tensor: torch.Tensor, dtype: torch.dtype, narrow: tuple[torch.dtype | 
 
 def narrow_form(tensor: torch.Tensor, narrow: tuple[torch.dtype | None, float]) -> torch.Tensor:
     """The smaller tensor that carries the same information: a bool mask, or the dtype before the upcast."""
-    return tensor.to(narrow[0] or torch.bool)  # of a mask, on CPU, a third of the time of a comparison
+    return tensor.to(narrow[0] or torch.bool)  # faster than a comparison with 0, see docs/log.md
 
 
 def form_of(program: Program, number: int) -> tuple[torch.dtype | None, float]:

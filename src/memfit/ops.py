@@ -164,7 +164,7 @@ def written(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object
 
 
 def changes_nothing(func: OpOverload, args: tuple[object, ...]) -> bool:
-    """A tensor set to itself, as a parametrization does that begins (PEFT's, around experts): no write."""
+    """A tensor set to itself: no write, though its version counts one (see `resets`)."""
     return func is torch.ops.aten.set_.source_Tensor and args[0] is args[1]
 
 

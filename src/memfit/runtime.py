@@ -272,6 +272,7 @@ class Runtime:
         block, recorder, inputs = call.block, call.recorder, call.tensors
         assert recorder is not None
         call.recorder = None
+        block.resets.learn(recorder.resets)
         outputs = tensors_in(output)
         custom: set[int] = set()
         for node in graph.custom_nodes(outputs, inputs):

@@ -55,6 +55,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tape = Tape(self.program, self._nodes)
         self.leaves = leaves
         self.checkpoints = False  # whether the block calls torch's checkpoint itself
+        self.resets: list[torch.Tensor] = []  # what was set to itself, in order
         self._owner = owner
         self._patches: list[tuple[str, Any]] = []
         self._events: list[tuple[Any, Any, int]] = []  # CUDA timing events
@@ -114,7 +115,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.is_stale() or ops.changes_nothing(func, args):
+        if self.is_stale():
+            return func(*args, **kwargs)
+        if ops.changes_nothing(func, args):
+            self.resets.append(args[0])
             return func(*args, **kwargs)
         self._reads += 1
         self.checkpoints = self.checkpoints or is_inside()

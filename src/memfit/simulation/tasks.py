@@ -268,9 +268,8 @@ def _with_lora(model: torch.nn.Module, rank: int, targets: Sequence[str] | None,
     try:
         with warnings.catch_warnings():  # PEFT reads a property that transformers has renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
-            warnings.filterwarnings(
-                "ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning
-            )  # its own, of experts
+            # Its own patterns for experts, some of which meet none.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # GPT-2's layers: PEFT sets it
             made: torch.nn.Module = peft.get_peft_model(model, adapters)
     except ValueError as error:
