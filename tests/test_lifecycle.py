@@ -1010,3 +1010,17 @@ def test_a_reading_does_not_mind_what_began_before_it() -> None:
     del given
     reader.backward_ended()
     assert gone() is None
+
+
+def test_frozen_blocks_under_a_head_have_a_plan() -> None:
+    """They save nothing, and no backward reaches them: that is no reason to profile every step."""
+    torch.manual_seed(0)
+    model = Stack(count=3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    with memfit.fit(model, budget="min") as handle:
+        for i in range(3):
+            step(model, i)
+        found = handle.summary()
+    assert found["measured_peak_bytes"] is not None
+    assert [row["saved_bytes"] for row in found["blocks"]] == [0, 0, 0]

@@ -158,11 +158,11 @@ def read_blocks(model: torch.nn.Module, blocks: BlockChoice | None) -> list[str]
     return found
 
 
-def check_model(model: object) -> torch.device:
-    """The device of a model that can be trained.
+def check_model(model: object) -> list[torch.device]:
+    """The devices of a model that can be trained, in the order of its parameters.
 
     Raises:
-        ModelError: It is no module, is on the meta device or on several devices, or has nothing to train.
+        ModelError: It is no module, is on the meta device, or has nothing to train.
     """
     if not isinstance(model, torch.nn.Module):
         what = f"the class {model.__name__}: make an instance" if isinstance(model, type) else type(model).__name__
@@ -183,21 +183,12 @@ def check_model(model: object) -> torch.device:
                 f"{name} has {those} on the meta device, `{places[0]}` for one: they have no values. Load the weights "
                 "before `fit`."
             )
-    if len(where) > 1:
-        shown = ", ".join(
-            f"{len(places)} on `{device}` (`{places[0]}`{' and others' if len(places) > 1 else ''})"
-            for device, places in where.items()
-        )
-        raise ModelError(
-            f"{name} has parameters on {len(where)} devices: {shown}. A budget bounds one device: move the model to "
-            "one, without `device_map`, or fit the part on one device."
-        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError(
             f"{name} has no parameters that train: all are frozen. Set `requires_grad`, or add the adapters, before "
             "`fit`."
         )
-    return next(iter(where))
+    return list(where)
 
 
 @contextmanager
@@ -210,8 +201,8 @@ def before_sharding() -> Iterator[None]:
         _stays_whole.reset(token)
 
 
-def check_static(model: torch.nn.Module, limit: int, optimizer: object) -> None:
-    """Refuse a budget that is too small before any activation.
+def check_static(model: torch.nn.Module, limit: int, optimizer: object, device: torch.device | None = None) -> None:
+    """Refuse a budget that is too small before any activation; of several devices that of ``device``.
 
     Gradients are left out: an optimizer may free each of them in the backward. So is the state of an optimizer that
     nobody named, and weights that will be sharded. All are measured in the first step.
@@ -219,14 +210,15 @@ def check_static(model: torch.nn.Module, limit: int, optimizer: object) -> None:
     Raises:
         InfeasibleBudgetError: Naming the parts.
     """
-    weights = weight_bytes(model)
+    weights = weight_bytes(model, device)
     name = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
-    state = int(STATE_FACTORS.get(name.lower(), 0.0) * _stepped_bytes(model, optimizer))
+    state = int(STATE_FACTORS.get(name.lower(), 0.0) * _stepped_bytes(model, optimizer, device))
     if isinstance(optimizer, torch.optim.SGD):
-        state = _stepped_bytes(model, optimizer) if optimizer.defaults.get("momentum") else 0
+        state = _stepped_bytes(model, optimizer, device) if optimizer.defaults.get("momentum") else 0
     if limit >= weights + state or not _stays_whole.get():
         return
-    parts = f"Weights take {format_bytes(weights)}"
+    where = "" if device is None else f" on `{device}`"
+    parts = f"Weights take {format_bytes(weights)}{where}"
     if state:
         parts += f", {name}'s state {format_bytes(state)}"
     raise InfeasibleBudgetError(
@@ -237,11 +229,11 @@ def check_static(model: torch.nn.Module, limit: int, optimizer: object) -> None:
     )
 
 
-def _stepped_bytes(model: torch.nn.Module, optimizer: Any) -> int:
+def _stepped_bytes(model: torch.nn.Module, optimizer: Any, device: torch.device | None) -> int:
     """Of the parameters that an optimizer steps; of all that train, if only its name is known."""
     if optimizer is None:
         return 0
-    training = {id(p): p for p in model.parameters() if p.requires_grad}
+    training = {id(p): p for p in model.parameters() if p.requires_grad and device in (None, p.device)}
     if not isinstance(optimizer, str):
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         training = {key: p for key, p in training.items() if key in stepped}

@@ -16,21 +16,23 @@ from memfit.arguments import (
     check_static,
     read_blocks,
 )
+from memfit.devices import blocks_by_device, device_of_head, elsewhere
 from memfit.errors import ModelError, UsageError
 from memfit.fingerprints import check_plan
 from memfit.handle import Handle, fitted_models
 from memfit.handover import hand_over
-from memfit.memory import resolve_budget
+from memfit.memory import resolve_budgets
 from memfit.offline import Loss, rehearse
 from memfit.plans import Plan
 from memfit.request import PolicyChoice, Request
 from memfit.sharding import unwrapped
+from memfit.units import BudgetChoice
 
 
 def fit(
     model: torch.nn.Module,
     *,
-    budget: int | float | str | None = None,
+    budget: BudgetChoice = None,
     policy: PolicyChoice = None,
     every_n_layers: int | None = None,
     blocks: BlockChoice | None = None,
@@ -46,7 +48,8 @@ def fit(
         model: Any module with repeated blocks; it stays the user's own, nothing but hooks is added. It may be
             wrapped in `DistributedDataParallel` or not yet, sharded by `fully_shard` or not yet.
         budget: Limit on the peak of the whole process on the model's device: bytes, ``"6GiB"``, ``"6.5 GB"``,
-            ``"90%"``, ``"auto"``, ``"min"``; ``None`` saves everything and only measures.
+            ``"90%"``, ``"auto"``, ``"min"``; ``None`` saves everything and only measures. Where layers are on several
+            devices it holds on each of them, or is a mapping such as ``{"cuda:0": "20GiB", "cuda:1": "22GiB"}``.
         policy: Without a budget: ``"full"`` or ``"selective"``, today's switches (or a function from a program's
             profile to its policy).
         every_n_layers: Without a budget: ``policy`` (``"full"`` unless given) for every n-th block only.
@@ -66,37 +69,54 @@ def fit(
         PlanError: The plan is for another model; or for other ranks, which the first step shows.
     """
     model = unwrapped(model)
-    device = check_model(model)
+    devices = check_model(model)
     parts = set(model.modules())
     if any(fitted in parts or model in set(fitted.modules()) for fitted in list(fitted_models)):
         raise ModelError(f"This {type(model).__name__} is fitted already. Call `handle.remove()` on its handle first.")
     check_choice(budget=budget, policy=policy, every_n_layers=every_n_layers, plan=plan)
     check_optimizer(optimizer)
     names = read_blocks(model, blocks)
-    limit = resolve_budget(budget, device)
-    if isinstance(limit, int):
-        check_static(model, limit, optimizer)
-    notes: list[str] = []
+    alone = len(devices) == 1
+    places = {devices[0]: names} if alone else blocks_by_device(model, names)
+    limits = resolve_budgets(budget, list(places))
+    for device, limit in limits.items():
+        if isinstance(limit, int):
+            check_static(model, limit, optimizer, None if alone else device)
+    notes = [] if alone else elsewhere(model, places)
     if plan is not None:
         check_plan(model, plan)
-        if plan.device.partition(":")[0] != device.type:
+        if plan.device.partition(":")[0] != devices[0].type:
             notes.append(
-                f"the plan was made on `{plan.device}`, the model is on `{device}`: its bytes and times differ"
+                f"the plan was made on `{plan.device}`, the model is on `{devices[0]}`: its bytes and times differ"
             )
     if every_n_layers is not None and policy is None:
         policy = "full"
-    handle = Handle(
-        model,
-        budget=limit,
-        request=Request(policy=policy, every_n_layers=every_n_layers or 1, plan=plan, notes=notes),
-        blocks=names,
-        optimizer=optimizer,
-        device=device,
-        chunked_loss=check_chunked_loss(chunked_loss),
-    )
-    handle.ranks.given = plan
-    hand_over(handle, model)
-    return handle
+    chunked_loss = check_chunked_loss(chunked_loss)
+    head = device_of_head(model, list(places))
+    lead: Handle | None = None
+    try:
+        for device, part in places.items():
+            handle = Handle(
+                model,
+                budget=limits[device],
+                request=Request(policy=policy, every_n_layers=every_n_layers or 1, plan=plan, notes=notes),
+                blocks=part,
+                optimizer=optimizer,
+                device=device,
+                chunked_loss=chunked_loss if device == head else False,
+                alone=alone,
+                lead=lead,
+            )
+            handle.ranks.given = plan
+            lead = lead or handle
+    except BaseException:
+        if lead is not None:
+            lead.remove()
+        raise
+    assert lead is not None, "a model that can be fitted has blocks"
+    for handle in lead.parts:
+        hand_over(handle, model)
+    return lead
 
 
 def apply(model: torch.nn.Module, plan: Plan) -> Handle:
@@ -115,7 +135,7 @@ def plan(
     model: torch.nn.Module,
     batch: Any,
     *,
-    budget: int | float | str | None = None,
+    budget: BudgetChoice = None,
     loss: Loss | None = None,
     policy: PolicyChoice = None,
     every_n_layers: int | None = None,

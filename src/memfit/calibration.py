@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from memfit import host
 from memfit._version import __version__
-from memfit.costs import start_events
+from memfit.costs import Stopwatch
 from memfit.errors import UnknownNameError
 from memfit.hardware import CalibrationRecord, Dtype, Hardware, find
 from memfit.hardware.records import HERE
@@ -227,12 +227,10 @@ def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """One run: device events on CUDA, a clock elsewhere."""
     with torch.no_grad():
-        events = start_events(device)
+        watch = Stopwatch(device) if device.type == "cuda" else None
         began = time.perf_counter()
         run()
-        if events is None:
+        if watch is None:
             return max(time.perf_counter() - began, 1e-9)
-        start, end = events
-        end.record()
-        end.synchronize()
-        return max(float(start.elapsed_time(end)) / 1e3, 1e-9)
+        watch.stop()
+        return max(watch.seconds, 1e-9)

@@ -111,11 +111,21 @@ def _is_whole(program: Program, index: int) -> bool:
     return all(s.value == node.value for s in program.saved if s.value.node == index)
 
 
-def start_events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
-    """Two events around an op on CUDA, the first recorded; elsewhere a clock does."""
-    if device.type != "cuda":
-        return None
-    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    start.record()
-    return start, end
+class Stopwatch:
+    """Two events around an op on CUDA, on that device's own stream: the current device may be another."""
+
+    def __init__(self, device: torch.device) -> None:
+        """It runs."""
+        self._device = device
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._start.record(torch.cuda.current_stream(device))
+
+    def stop(self) -> None:
+        """The op has been launched."""
+        self._end.record(torch.cuda.current_stream(self._device))
+
+    @property
+    def seconds(self) -> float:
+        """Between the two, once the device has got there."""
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end)) * 1e-3

@@ -27,6 +27,7 @@ class Decider:
         name: str,
         fingerprint: str,
         keeper: Keeper,
+        place: str,
         advise: Callable[[StepProfile, int], str | None],
     ) -> None:
         """For a model's class and fingerprint.
@@ -38,6 +39,7 @@ class Decider:
             name: Of the model's class.
             fingerprint: Of the model.
             keeper: Of the budget.
+            place: Words for an error that say which of several devices it is about, or "".
             advise: What to do about a budget that leaves nothing for activations.
         """
         self._request = request
@@ -46,6 +48,7 @@ class Decider:
         self._name = name
         self._fingerprint = fingerprint
         self._keeper = keeper
+        self._place = place
         self._advise = advise
 
     def expect(self, profile: StepProfile, budget: Budget) -> Plan:
@@ -102,7 +105,7 @@ class Decider:
             return found
         if smallest > budget:
             advice = self._advise(profile, budget) or short.advice
-            raise InfeasibleBudgetError(budget, smallest, short.event, advice) from None
+            raise InfeasibleBudgetError(budget, smallest, short.event + self._place, advice) from None
         slack.settle(budget - smallest)
         return self._solve(profile, budget, slack.bytes)
 

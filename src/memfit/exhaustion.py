@@ -10,6 +10,7 @@ end of a ``with`` statement, or of the script under `memfit run`.
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -48,8 +49,9 @@ class Exhaustion:
         blocks: Sequence[str],
         request: Request,
         budget: int | str | None,
+        device: torch.device | None = None,
     ) -> None:
-        """Of ``model``, whose ``blocks`` are planned for in this order."""
+        """Of ``model``, whose ``blocks`` are planned for in this order; of several devices those on ``device``."""
         self.story = ""
         self._model = weakref.ref(model)
         self._runtime = runtime
@@ -58,6 +60,7 @@ class Exhaustion:
         self._blocks = list(blocks)
         self._request = request
         self._budget = budget
+        self._device = device
         self._first_step = True
 
     def begin(self) -> None:
@@ -77,7 +80,7 @@ class Exhaustion:
 
     def forward_failed(self, error: BaseException) -> None:
         """An exception leaves the model's forward."""
-        if not memory_ran_out(error):
+        if not self._ran_out(error):
             return
         for call in self._runtime.calls:
             call.settle()
@@ -86,9 +89,16 @@ class Exhaustion:
 
     def backward_failed(self, error: BaseException) -> None:
         """An exception leaves a backward while the step is profiled."""
-        if memory_ran_out(error) and self._runtime.calls:
+        if self._ran_out(error) and self._runtime.calls:
             self._explain(error, self._place_in_backward())
             self._over()
+
+    def _ran_out(self, error: BaseException) -> bool:
+        """Whether the memory of this device did. CUDA's allocator says which one it was."""
+        if not memory_ran_out(error):
+            return False
+        named = re.search(r"\bGPU (\d+) has", str(error))
+        return self._device is None or named is None or int(named[1]) == self._device.index
 
     def _over(self) -> None:
         """The step has ended, even if its caller keeps the error and all it holds; smaller shapes will be tried."""
@@ -98,7 +108,7 @@ class Exhaustion:
 
     def passing(self, error: BaseException | None) -> None:
         """An exception leaves the region in which the model is fitted."""
-        if error is not None and memory_ran_out(error) and not _is_explained(error):
+        if error is not None and self._ran_out(error) and not _is_explained(error):
             self._explain(error, self._place_outside())
 
     def advice_below(self, profile: StepProfile, budget: int) -> str | None:
@@ -209,7 +219,7 @@ class Exhaustion:
         model = self._model()
         return Holdings(
             held_bytes=held,
-            weight_bytes=0 if model is None else weight_bytes(model),
+            weight_bytes=0 if model is None else weight_bytes(model, self._device),
             gradient_bytes=self._training.gradient_bytes(),
             state_bytes=state,
             saved_bytes=saved,

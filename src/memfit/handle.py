@@ -20,6 +20,7 @@ from memfit.calls import Call
 from memfit.clock import StepClock
 from memfit.compiled import split_compiled
 from memfit.decider import Decider
+from memfit.devices import Part
 from memfit.entries import Entry, ProgramState
 from memfit.errors import ModelError
 from memfit.exhaustion import Exhaustion, ExhaustionHook
@@ -47,7 +48,7 @@ from memfit.training import TrainingState
 from memfit.utilization import Utilization
 
 
-class Handle:
+class Handle(Part):
     """A fitted model. Also a context manager: leaving it removes Memfit from the model."""
 
     def __init__(
@@ -60,14 +61,17 @@ class Handle:
         optimizer: Any,
         device: torch.device,
         chunked_loss: bool | Literal["auto"] = False,
+        alone: bool = True,
+        lead: Handle | None = None,
     ) -> None:
-        """Use `fit`."""
+        """Use `fit`; ``alone``: no parameters are on other devices; ``lead``: the first of a model with several."""
+        super().__init__(lead)
         self._model = weakref.ref(model)
         self._name = class_name(model)
         self._device = device
         self._budget = budget
         self._meter: Meter = meter(device)
-        self._training = TrainingState(model, optimizer, device)
+        self._training = TrainingState(model, optimizer, device, alone=alone)
         self._fingerprint = fingerprint(model)
         self._profiler: Profiler | None = None
         self._removed = False
@@ -79,17 +83,17 @@ class Handle:
         self._clock = StepClock()
         self._planned_step = False
         self._last_calls: list[dict[str, Any]] = []
-        self._modes = Modes(model)
+        self._modes: Modes = Modes(model) if lead is None else lead._modes
         self._request = request
         self._measures_only = budget is None and not request.decides
         found = find_blocks(model, blocks)
         self._block_names = [name for name, _ in found]
         hooked, compiled = split_compiled(model, found)
-        self.runtime = Runtime(model, [] if self._measures_only else hooked)
+        self.runtime: Runtime = Runtime(model, [] if self._measures_only else hooked)
         self.runtime.blocks += compiled
         self.runtime.keeper = Keeper(self._meter)
         self._planned = Planned(self.runtime.keeper, request.plan)
-        self._work = Utilization(self.runtime, device, counts=not compiled)
+        self._work = Utilization(self.runtime, device, counts=not compiled and lead is None)
         self._occasions = Occasions()
         self.runtime.choose = self._choose
         self.runtime.whole = budget == "min" or request.is_full
@@ -99,7 +103,14 @@ class Handle:
         self.runtime.defer = self.ranks.defer
         request.number(self._block_names)
         self.exhaustion = Exhaustion(
-            model, self.runtime, self._meter, self._training, self._block_names, request, budget
+            model,
+            self.runtime,
+            self._meter,
+            self._training,
+            self._block_names,
+            request,
+            budget,
+            None if alone else device,
         )
         decider = Decider(
             request,
@@ -108,9 +119,10 @@ class Handle:
             name=self._name,
             fingerprint=self._fingerprint,
             keeper=self.runtime.keeper,
+            place="" if alone else f" on `{device}`",
             advise=self.exhaustion.advice_below,
         )
-        self._hooks = [
+        self._hooks: list[Any] = [
             register_optimizer_step_pre_hook(OptimizerHook(self, before=True)),
             register_optimizer_step_post_hook(OptimizerHook(self, before=False)),
             model.register_forward_pre_hook(ModelHook(self, before=True)),
@@ -133,13 +145,14 @@ class Handle:
             decides=request.decides,
             chunked_loss=self._chunked_loss,
         )
-        fitted_models[model] = weakref.ref(self)
+        if lead is None:
+            fitted_models[model] = weakref.ref(self)
 
     def __enter__(self) -> Handle:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.exhaustion.passing(error)
+        self.failed(error)
         if not self._removed:
             self.remove()
 
@@ -155,6 +168,11 @@ class Handle:
         """
         if self._removed:
             raise ModelError(f"Memfit was removed from this {self._name} before. Call `memfit.fit` to fit it again.")
+        for part in self.lead.parts:
+            part.take_off()
+
+    def take_off(self) -> None:
+        """Of one device."""
         self._removed = True
         self._finish_step()
         self._meter.show_what_lives(False)
@@ -168,7 +186,7 @@ class Handle:
         self._profiler = None
         self._planning.pending = None
         model = self._model()
-        if model is not None:
+        if model is not None and self.lead is self:
             fitted_models.pop(model, None)
 
     # Choosing
@@ -246,7 +264,7 @@ class Handle:
         planned = self._planned
         if profiler is not None:
             profiler.backward_ended()
-            if profiler.complete:
+            if profiler.complete or self._saves_nothing():
                 self._planning.pending = (profiler, sequence)
                 self._occasions.profiled()
         elif planned.unplanned:
@@ -261,6 +279,11 @@ class Handle:
                 if larger is not None:
                     self._planning.larger = (larger, sequence)
         self._peak_open = False
+
+    def _saves_nothing(self) -> bool:
+        """Whether no block call of this step kept anything for a backward: only what comes after them trains."""
+        states = [self.runtime.states.get(call.program_key) for call in self.runtime.calls]
+        return bool(states) and all(state is not None and not state.program.saved for state in states)
 
     def _learn(self, peak: int) -> None:
         active = self._planned.active
@@ -319,23 +342,23 @@ class Handle:
     # Reporting
 
     @property
-    def plan(self) -> Plan | None:
-        """What was decided, for the largest step so far; ``None`` before the second."""
+    def own_plan(self) -> Plan | None:
+        """Of this device."""
         return self._planning.plan
 
     @property
     def profile(self) -> StepProfile | None:
-        """What a step costs, as the solver saw it; ``None`` before the first step."""
+        """What a step costs, as the solver saw it, on this device; ``None`` before the first step."""
         return self._planned.active.profile if self._planned.active is not None else None
 
     def report(self) -> str:
         """What was decided, predicted and measured, as text."""
         return render(self.summary())
 
-    def summary(self) -> dict[str, Any]:
-        """The report as data that `json.dumps` takes: raw bytes and seconds, ``None`` where unknown."""
+    def own_summary(self) -> dict[str, Any]:
+        """Of this device."""
         self._read_open_peak()
-        plan = self.plan
+        plan = self._planning.plan
         blocks = block_rows(self._last_calls, self.runtime.blocks, self.runtime.states)
         saved = sum(row["saved_bytes"] or 0 for row in blocks)
         recomputed = sum(row["recomputed_bytes"] or 0 for row in blocks)

@@ -47,6 +47,8 @@ def hand_over(handle: Handle, model: torch.nn.Module) -> None:
 
 def _why_not(model: torch.nn.Module, blocks: list[Block]) -> str:
     """Why the compiled blocks of a model are left alone, or ""."""
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "its layers are on several devices"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "there is a process group, and that is tried without one only"
     wrapped = [name for name, module in model.named_modules() if is_wrapper(module) and module is not model]

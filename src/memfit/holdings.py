@@ -51,9 +51,10 @@ class Holdings:
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Parameters and buffers, tied ones and views of one storage once."""
-    return _storage_bytes([*model.parameters(), *model.buffers()])
+def weight_bytes(model: torch.nn.Module, device: torch.device | None = None) -> int:
+    """Parameters and buffers, tied ones and views of one storage once; of several devices those on one."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return _storage_bytes(tensor for tensor in tensors if device is None or tensor.device == device)
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

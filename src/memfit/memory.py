@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import torch
@@ -16,9 +17,9 @@ from memfit import host
 from memfit.errors import BudgetError
 from memfit.heap import heap
 from memfit.host import Allocator, allocator
-from memfit.units import Budget, format_bytes, parse_budget
+from memfit.units import Budget, BudgetChoice, format_bytes, parse_budget, parse_budgets
 
-__all__ = ["Allocator", "Meter", "allocator", "meter", "resolve_budget"]
+__all__ = ["Allocator", "Meter", "allocator", "meter", "resolve_budget", "resolve_budgets"]
 
 # What "auto" leaves alone. On CPU everybody else on the machine lives there too; on CUDA library workspaces come later.
 _AUTO_MARGIN = {"cpu": 0.10, "cuda": 0.05}
@@ -169,6 +170,9 @@ class CudaMeter(Meter):
         return max(0, total - free - self.now())
 
 
+_METERS: dict[str, Callable[[torch.device], Meter]] = {"cpu": lambda device: CpuMeter(), "cuda": CudaMeter}
+
+
 def meter(device: torch.device | str) -> Meter:
     """The meter of a device.
 
@@ -176,10 +180,9 @@ def meter(device: torch.device | str) -> Meter:
         BudgetError: Memfit cannot read the memory of that kind of device.
     """
     device = torch.device(device)
-    if device.type == "cpu":
-        return CpuMeter()
-    if device.type == "cuda":
-        return CudaMeter(device)
+    make = _METERS.get(device.type)
+    if make is not None:
+        return make(device)
     raise BudgetError(
         f"The model is on `{device}`, whose memory Memfit cannot read: it knows `cpu` and `cuda`. Move the model there."
     )
@@ -214,6 +217,32 @@ def resolve_budget(
             return int(meter(device).total() * (parsed.value or 0) / 100)
         case "bytes":
             return int(parsed.value or 0)
+
+
+def resolve_budgets(
+    budget: BudgetChoice, devices: Collection[torch.device]
+) -> dict[torch.device, int | Literal["min"] | None]:
+    """What a budget comes to on each of several devices: one budget holds for each, or each has its own.
+
+    Raises:
+        BudgetError: As `resolve_budget`; or a device has none, or one that is not the model's has.
+    """
+    parsed = parse_budgets(budget)
+    if isinstance(parsed, Budget):
+        return {device: resolve_budget(parsed, device) for device in devices}
+    shown = ", ".join(f"`{device}`" for device in devices)
+    named: dict[torch.device, Budget] = {}
+    for name, each in parsed.items():
+        meant = [d for d in devices if name in (str(d), str(d.index)) or (name == d.type and len(devices) == 1)]
+        if not meant:
+            raise BudgetError(f"The budget names `{name}`, and the model's blocks are on {shown}.", budget)
+        if meant[0] in named:
+            raise BudgetError(f"The budget names `{meant[0]}` twice, as `{name}` too.", budget)
+        named[meant[0]] = each
+    for device in devices:
+        if device not in named:
+            raise BudgetError(f"The budget says nothing of `{device}`, where blocks of the model are.", budget)
+    return {device: resolve_budget(named[device], device) for device in devices}
 
 
 def describe(device: torch.device | str) -> str:

@@ -24,7 +24,8 @@ def rehearse(handle: Handle, model: torch.nn.Module, batch: Any, loss: Loss | No
     gradients = [p.grad for p in parameters]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     training = model.training
-    cuda = [handle._device] if handle._device.type == "cuda" else []
+    parts = handle.parts
+    cuda = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
     try:
         with torch.random.fork_rng(devices=cuda):
             for parameter in parameters:
@@ -34,13 +35,16 @@ def rehearse(handle: Handle, model: torch.nn.Module, batch: Any, loss: Loss | No
                 value = scalar_loss(call(model, batch), batch, loss)
                 value.backward()  # type: ignore[no-untyped-call]
             del value
-            handle._finish_step()
-            if handle._planning.pending is None:
+            for part in parts:
+                part._finish_step()
+            if any(part._planning.pending is None for part in parts):
                 raise ModelError(f"No block of {type(model).__name__} took part in the backward of this loss.")
-            handle.runtime.calls = []
+            for part in parts:
+                part.runtime.calls = []
             for parameter in parameters:
                 parameter.grad = None
-            handle._planning.settle()
+            for part in parts:
+                part._planning.settle()
     finally:
         model.train(training)
         for parameter, gradient in zip(parameters, gradients, strict=True):

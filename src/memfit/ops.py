@@ -8,6 +8,7 @@ a second time and compares bits before a recipe may use it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -124,6 +125,15 @@ def is_recomputable(func: OpOverload, args: tuple[object, ...], kwargs: dict[str
     if name in _PURE:
         return True
     return name.endswith("_") and name.removesuffix("_") in _PURE
+
+
+def crosses_devices(tensors: Iterable[torch.Tensor], kwargs: dict[str, Any]) -> bool:
+    """Whether a call reads one device and writes another; a scalar on the CPU is a number. See NOTE [Devices]."""
+    read = {tensor.device for tensor in tensors if tensor.dim() or tensor.device.type != "cpu"}
+    if kwargs.get("device") is None:
+        return len(read) > 1
+    to = torch.device(kwargs["device"])
+    return any(d.type != to.type or (to.index is not None and d.index != to.index) for d in read)
 
 
 def purify(

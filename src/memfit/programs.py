@@ -191,6 +191,8 @@ class Program:
             return f"tensors of type {self.foreign}"
         if self.python_random:
             return "draws Python randomness"
+        if len({node.device for node in self.nodes if node.producer is not None and node.device.type != "cpu"}) > 1:
+            return "computes on several devices"
         return f"depends on data: {self.data_dependent}" if self.data_dependent else ""
 
     @property

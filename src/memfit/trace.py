@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit import flops, ops
 from memfit.bits import same_bits
 from memfit.checkpoints import is_inside
-from memfit.costs import start_events
+from memfit.costs import Stopwatch
 from memfit.host import memory_ran_out
 from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
 from memfit.readers import patch_readers, python_random_state, restore_readers
@@ -58,7 +58,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.resets: list[torch.Tensor] = []  # what was set to itself, in order
         self._owner = owner
         self._patches: list[tuple[str, Any]] = []
-        self._events: list[tuple[Any, Any, int]] = []  # CUDA timing events
+        self._watches: list[tuple[Stopwatch, int]] = []  # of ops on CUDA
         self._packed_at_last_draw = 0
         self._generator_states: dict[torch.device, torch.Tensor] = {}
         self._constants: dict[int, Any] = {}
@@ -179,6 +179,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device = torch.device(next((t.device for t in tensors), kwargs.get("device") or torch.device("cpu")))
         odd = any(self._nodes.is_odd(t) for t in tensors if id(t) in reads)
         allowed = not odd and ops.is_recomputable(func, args, kwargs, device.type)
+        allowed = allowed and not ops.crosses_devices(tensors, kwargs)
         drawn = ops.is_random(func, args, kwargs)
         state = self._generator_state(device) if drawn else None
         versions = [] if allowed else [t._version for t in tensors]
@@ -299,7 +300,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             after = generator.get_state()
             generator.set_state(state)
         started = time.perf_counter()
-        events = start_events(device)
+        watch = Stopwatch(device) if device.type == "cuda" else None
         try:
             again = again_func(*again_args, **again_kwargs)
         except Exception as error:
@@ -309,9 +310,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise
             return None
         op.seconds = time.perf_counter() - started
-        if events is not None:
-            events[1].record()
-            self._events.append((events[0], events[1], len(self.program.ops) - 1))
+        if watch is not None:
+            watch.stop()
+            self._watches.append((watch, len(self.program.ops) - 1))
         if state is not None and after is not None:
             if not torch.equal(generator_of(device).get_state(), after):
                 generator_of(device).set_state(after)
@@ -359,9 +360,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             custom: Indices of saved tensors that belong to custom autograd Functions.
         """
         program = self.program
-        for start, end, index in self._events:
-            end.synchronize()
-            program.ops[index].seconds = start.elapsed_time(end) * 1e-3
+        for watch, index in self._watches:
+            program.ops[index].seconds = watch.seconds
         if not program.foreign:
             self._nodes.look_after_kernels()
             for tensor in outputs:

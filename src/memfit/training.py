@@ -17,10 +17,11 @@ STATE_FACTORS = {"adamw": 2.0, "adam": 2.0, "sgd": 0.0, "adagrad": 1.0, "rmsprop
 class TrainingState:
     """Reads what gradients and optimizer state take."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: Any, device: torch.device) -> None:
-        """Of ``model`` on ``device``; ``optimizer`` is what the user named, or ``None``."""
+    def __init__(self, model: torch.nn.Module, optimizer: Any, device: torch.device, *, alone: bool = True) -> None:
+        """Of ``model`` on ``device``, its only one if ``alone``; ``optimizer`` is what the user named, or ``None``."""
         self.born = False  # whether an optimizer has stepped
         self._device = device
+        self._alone = alone
         self._named = optimizer
         self._model = weakref.ref(model)
         # Weak: sharding puts others into the model, and the whole ones are to go then.
@@ -41,7 +42,9 @@ class TrainingState:
         if (stepped := stepping(self._engine)) is not None and stepped.state:
             self._optimizers.add(stepped)  # DeepSpeed makes its state before the first step
             self.born = True
-        trainable = [p for p in owned_parameters(model) if p.requires_grad]
+        trainable = [
+            p for p in owned_parameters(model) if p.requires_grad and (self._alone or p.device == self._device)
+        ]
         if self._parameters and not all(p.is_leaf for p in trainable):
             return  # `functional_call` has put what it was given in their places, for this forward
         identities = {id(p) for p in trainable}
@@ -71,12 +74,15 @@ class TrainingState:
         for optimizer in self._optimizers:
             for values in optimizer.state.values():
                 for value in values.values() if isinstance(values, dict) else ():
-                    if isinstance(value, torch.Tensor) and value.device.type == self._device.type:
+                    if isinstance(value, torch.Tensor) and self._is_here(value):
                         storage = local(value).untyped_storage()
                         if storage._cdata not in seen:
                             seen.add(storage._cdata)
                             total += storage.nbytes()
         return total
+
+    def _is_here(self, value: torch.Tensor) -> bool:
+        return value.device.type == self._device.type if self._alone else value.device == self._device
 
     def reserved_bytes(self) -> int:
         """Optimizer state before the first step: of the optimizer that was named, else AdamW's."""

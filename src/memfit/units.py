@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 from memfit.errors import BudgetError
 
@@ -30,6 +31,7 @@ _UNITS = {
 _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|[A-Za-z]*)")
 _BYTES_HINT = "Write bytes as an integer, or a size such as `6GiB` or `6.5 GB`."
 _BUDGET_HINT = "Write a size such as `6GiB` or `6.5 GB`, a share such as `90%`, `auto`, `min` or `None`."
+_DEVICES_HINT = "Write one budget for all devices, or each as in `cuda:0=20GiB,cuda:1=22GiB`."
 _BARE_LIMIT = 2**20
 """Below this many bytes, text without a unit is more likely a forgotten unit than a number of bytes."""
 _MAX_BYTES = 2**62
@@ -52,6 +54,10 @@ class Budget:
         if self.kind == "bytes":
             return format_bytes(self.value or 0)
         return f"{self.value:g}%" if self.kind == "percent" else self.kind
+
+
+BudgetChoice = int | float | str | Budget | Mapping[Any, Any] | None
+"""What says how much memory there is: for one device, or a mapping that says it for each."""
 
 
 def parse_bytes(value: str | float | SupportsIndex) -> int:
@@ -97,6 +103,39 @@ def parse_budget(value: str | float | SupportsIndex | Budget | None) -> Budget:
                 )
             return Budget(kind="percent", value=percent)
     return Budget(kind="bytes", value=_parse_bytes(value, _BUDGET_HINT))
+
+
+def parse_budgets(value: BudgetChoice) -> Budget | dict[str, Budget]:
+    """Read a budget, or one for each of several devices.
+
+    Args:
+        value: What `parse_budget` takes; or a mapping from devices (``"cuda:0"``, ``0``) to that; or the same as text,
+            ``"cuda:0=20GiB,cuda:1=22GiB"``.
+
+    Returns:
+        Of a mapping: by the device's name, or its number as text.
+
+    Raises:
+        BudgetError: As `parse_budget`; or a device is named twice, or none is.
+    """
+    pairs: list[tuple[object, Any]]
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+        if not pairs:
+            raise BudgetError(f"Budget `{{}}` names no device. {_DEVICES_HINT}", value)
+    elif isinstance(value, str) and "=" in value:
+        pairs = [(name, size) for name, _, size in (part.partition("=") for part in value.split(","))]
+    else:
+        return parse_budget(value)
+    found: dict[str, Budget] = {}
+    for device, size in pairs:
+        name = str(device).strip().lower()
+        if not name:
+            raise BudgetError(f"Budget `{_shown(value)}` leaves out a device. {_DEVICES_HINT}", value)
+        if name in found:
+            raise BudgetError(f"Budget `{_shown(value)}` names `{name}` twice. {_DEVICES_HINT}", value)
+        found[name] = parse_budget(size)
+    return found
 
 
 def format_bytes(num_bytes: float) -> str:

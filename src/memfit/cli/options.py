@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from memfit.errors import UsageError
-from memfit.units import parse_budget
+from memfit.units import parse_budgets
 
 EXIT_INFEASIBLE = 3
 POLICIES = ("full", "selective")
@@ -20,8 +20,9 @@ def add_budget(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGr
     group.add_argument(
         "--budget",
         metavar="BYTES",
-        help="peak memory of the process on its device: `6GiB`, `6.5GB`, `90%%`, `auto` or `min`; "
-        "without any of these options Memfit saves everything and only measures",
+        help="peak memory of the process on its device: `6GiB`, `6.5GB`, `90%%`, `auto` or `min`; on several devices "
+        "that of each, or `cuda:0=20GiB,cuda:1=22GiB`; without any of these options Memfit saves everything and only "
+        "measures",
     )
     group.add_argument("--policy", choices=POLICIES, help="one policy for every block, without a budget")
     group.add_argument(
@@ -49,7 +50,7 @@ def read_budget(arguments: argparse.Namespace) -> dict[str, Any]:
         BudgetError: The budget cannot be read.
         UsageError: `--every-n-layers` is below 1.
     """
-    parse_budget(arguments.budget)
+    parse_budgets(arguments.budget)
     chosen: dict[str, Any] = {}
     if arguments.budget is not None:
         chosen["budget"] = arguments.budget

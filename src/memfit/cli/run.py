@@ -76,7 +76,7 @@ def execute(arguments: argparse.Namespace) -> int:
         failed = False
     except BaseException as error:
         for catch in launcher.catches:
-            catch.handle.exhaustion.passing(error)
+            catch.handle.failed(error)
         raise
     finally:
         launcher.remove()

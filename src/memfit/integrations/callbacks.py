@@ -9,7 +9,7 @@ from memfit.errors import UsageError
 from memfit.integrations.catches import Catch
 from memfit.integrations.compilers import CompiledInPlace
 from memfit.integrations.switches import Held, Switches, before_sharding, decides
-from memfit.units import parse_budget
+from memfit.units import BudgetChoice, parse_budgets
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +29,13 @@ class FittingCallback:
         plan: The last plan that was in force.
     """
 
-    def __init__(self, budget: int | float | str | None = None, **options: Any) -> None:
+    def __init__(self, budget: BudgetChoice = None, **options: Any) -> None:
         """As `memfit.fit`, without the model.
 
         Raises:
             BudgetError: The budget cannot be read.
         """
-        parse_budget(budget)
+        parse_budgets(budget)
         self.options: dict[str, Any] = {"budget": budget, **options}
         self.handle: Handle | None = None
         self.plan: Plan | None = None

@@ -10,6 +10,7 @@ unknown:
 - ``step_seconds``, ``recompute_seconds``, ``saved_bytes``, ``recomputed_bytes``, ``steps``
 - ``model_flops``, ``hardware_flops``, ``tflops_per_second``, ``model_flop_utilization``, ``hardware_flop_utilization``
 - ``model``, ``device``, and ``notes``, a list of sentences
+- ``devices``: of a model on several, for each its ``device``, and the budget and peaks that are its own
 - ``blocks``: one entry per block call with ``name``, ``mode``, ``reason``, ``parent``, ``saved_bytes``,
   ``recomputed_bytes``
 """
@@ -72,10 +73,24 @@ def _line(label: str, value: str, words: str = "") -> str:
 
 
 def _peak_lines(summary: Mapping[str, Any]) -> list[str]:
-    predicted, measured = summary.get("predicted_peak_bytes"), summary.get("measured_peak_bytes")
-    peak = predicted if measured is None else measured
+    peak = _peak(summary)
     if peak is None:
         return ["peak       not known: no training step has ended"]
+    unit = _split(format_bytes(peak))[1]
+    devices = [each for each in summary.get("devices") or () if _peak(each) is not None]
+    own = [_peak_line(f"  {each['device']}", {**each, "budget": None}) for each in devices]
+    return [_peak_line("peak", summary), *own, *_part_lines(summary, peak, unit)]
+
+
+def _peak(summary: Mapping[str, Any]) -> int | None:
+    """Measured, else predicted."""
+    measured: int | None = summary.get("measured_peak_bytes")
+    return summary.get("predicted_peak_bytes") if measured is None else measured
+
+
+def _peak_line(label: str, summary: Mapping[str, Any]) -> str:
+    peak = _peak(summary) or 0
+    predicted, measured = summary.get("predicted_peak_bytes"), summary.get("measured_peak_bytes")
     value, unit = _split(format_bytes(peak))
     words: list[str] = []
     budget = summary.get("budget_bytes")
@@ -85,13 +100,15 @@ def _peak_lines(summary: Mapping[str, Any]) -> list[str]:
     if measured is not None and predicted is not None:
         words.append(f"(predicted {_align(predicted, unit, with_unit=False)})")
     text = " ".join(words)
-    if summary.get("peak_event"):
+    if summary.get("devices"):
+        text += f", {len(summary['devices'])} devices together"
+    elif summary.get("peak_event"):
         text += f", at the {summary['peak_event']}"
     if summary.get("budget"):
         text += f"; budget `{summary['budget']}`"
     if isinstance(budget, int) and peak > budget:
         text += f"; {format_bytes(peak - budget)} over the budget"
-    return [_line("peak", f"{value} {unit}", text), *_part_lines(summary, peak, unit)]
+    return _line(label, f"{value} {unit}", text)
 
 
 def _part_lines(summary: Mapping[str, Any], peak: int, unit: str) -> list[str]:

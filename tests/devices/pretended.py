@@ -1,0 +1,296 @@
+"""Two devices that are not there: they compute on the CPU, and count what their tensors take.
+
+A device has to be known to torch before its first backward, and stays known: so each run has a process of its own,
+``python pretended.py LIBRARY SCENARIO``, which prints what it saw as JSON.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.cpp_extension import include_paths, library_paths
+
+import memfit
+from memfit import memory, slack
+
+FIRST, SECOND = "pretended:0", "pretended:1"
+VOCABULARY, STEPS = 200, 8
+
+
+def build(library: Path) -> None:
+    """Compile the devices: 20 seconds."""
+    source = Path(__file__).with_suffix(".cpp")
+    made = library.with_suffix(f".{os.getpid()}")
+    paths = [*(f"-I{path}" for path in include_paths()), *(f"-L{path}" for path in library_paths())]
+    flags = [
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-std=c++20",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+    ]
+    command = ["g++", *flags, *paths, str(source), "-o", str(made), "-lc10", "-ltorch_cpu", "-ltorch"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    made.replace(library)  # whole or not at all: other workers may build it too
+
+
+class PretendedMeter(memory.Meter):
+    """Reads the counters."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> int:
+        return torch.ops.pretended.allocated(self.device.index)
+
+    def peak(self) -> int:
+        return torch.ops.pretended.highest(self.device.index)
+
+    def reset_peak(self) -> None:
+        torch.ops.pretended.reset(self.device.index)
+
+    allocated, allocated_peak = now, peak
+
+    def release(self) -> None: ...
+
+    def total(self) -> int:
+        return 2**34
+
+    def free(self) -> int:
+        return self.total() - self.now()
+
+    def outside(self) -> int:
+        return 0
+
+
+def load(library: str) -> None:
+    """Make the devices known to torch, and to Memfit."""
+    torch.ops.load_library(library)
+    torch.utils.rename_privateuse1_backend("pretended")
+    module = types.ModuleType("torch.pretended")
+    module.device_count = lambda: 2
+    module.current_device = lambda: 0
+    module.is_available = lambda: True
+    module._is_in_bad_fork = lambda: False
+    module.manual_seed_all = lambda seed: None
+    torch._register_device_module("pretended", module)
+    memory._METERS["pretended"] = PretendedMeter
+    slack.FLOOR = 0  # for libraries that these devices do not have, and more than the models here
+
+
+def language_model() -> nn.Module:
+    """Three layers and the embeddings on the first device, three layers and the head on the second."""
+    from accelerate import dispatch_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(num_hidden_layers=6, vocab_size=VOCABULARY, attn_implementation="eager", **sizes)
+    places = {f"model.layers.{i}": FIRST if i < 3 else SECOND for i in range(6)}
+    places |= {"model.embed_tokens": FIRST, "model.rotary_emb": FIRST, "model.norm": SECOND, "lm_head": SECOND}
+    return dispatch_model(LlamaForCausalLM(config).train(), places, main_device=FIRST)
+
+
+def batches(number: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, VOCABULARY, (4, 64), generator=generator).to(FIRST) for _ in range(number)]
+    return [{"input_ids": each, "labels": each} for each in ids]
+
+
+def train(model: nn.Module) -> dict:
+    """Losses, weights and each device's peak in the last step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=False)
+    losses = []
+    for batch in batches(STEPS):
+        for index in (0, 1):
+            torch.ops.pretended.reset(index)
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        del loss
+    peaks = {device: torch.ops.pretended.highest(index) for index, device in enumerate((FIRST, SECOND))}
+    return {"losses": losses, "weights": [p.detach().cpu() for p in model.parameters()], "peaks": peaks}
+
+
+def compared(make: Callable[[], nn.Module], **options: object) -> dict:
+    """The same training plain and fitted."""
+    model = make()
+    plain = train(model)
+    del model
+    return fitted(make, plain, **options)
+
+
+def fitted(make: Callable[[], nn.Module], plain: dict, **options: object) -> dict:
+    """A training that is fitted, held to a plain one."""
+    gc.collect()  # accelerate ties a model to itself, and the one before should not count
+    model = make()
+    hooks = count_hooks(model)
+    handle = memfit.fit(model, **options)
+    seen = train(model)
+    kept = {
+        str(part._device): sorted({str(state.program.nodes[n].device) for state, n in kept_nodes(part)})
+        for part in handle.parts
+    }
+    found = {
+        "plain_peaks": plain["peaks"],
+        "peaks": seen["peaks"],
+        "same": seen["losses"] == plain["losses"]
+        and all(torch.equal(a, b) for a, b in zip(seen["weights"], plain["weights"], strict=True)),
+        "summary": handle.summary(),
+        "report": handle.report(),
+        "kept_on": kept,
+    }
+    handle.remove()
+    return {**found, "hooks": [hooks, count_hooks(model)], "use_cache": getattr(model.config, "use_cache", None)}
+
+
+def kept_nodes(part: memfit.Handle):
+    plan = part.own_plan
+    for number, call in enumerate(plan.calls if plan is not None else ()):
+        state = part.runtime.states[call.program]
+        for node in plan.policy(number).kept:
+            if state.nodes[node].keep_bytes:
+                yield state, node
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# Scenarios
+
+
+def budgets() -> dict:
+    model = language_model()
+    plain = train(model)
+    del model
+    half = {device: int(0.75 * peak) for device, peak in plain["peaks"].items()}
+    return {
+        "min": fitted(language_model, plain, budget="min"),
+        "none": fitted(language_model, plain),
+        "full": fitted(language_model, plain, policy="full"),
+        "each": fitted(language_model, plain, budget=half),
+        "text": fitted(language_model, plain, budget=f"0={half[FIRST]},{SECOND}={half[SECOND]}"),
+        "one": fitted(language_model, plain, budget=max(half.values())),
+        "second": fitted(language_model, plain, budget={0: "1GiB", 1: half[SECOND]}),
+        "chunked": fitted(language_model, plain, budget="min", chunked_loss=True),
+    }
+
+
+def adapters() -> dict:
+    """Nothing on the first device trains."""
+    from peft import LoraConfig, get_peft_model
+
+    def make() -> nn.Module:
+        model = language_model()
+        config = LoraConfig(target_modules=["q_proj", "down_proj"], layers_to_transform=[3, 4, 5], lora_alpha=64)
+        model = get_peft_model(model, config)
+        torch.manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.copy_(torch.randn(parameter.shape) / 8)
+        return model
+
+    return {"min": compared(make, budget="min")}
+
+
+def planned() -> dict:
+    """A plan that was made before, and read from a file."""
+    model = language_model()
+    plan = memfit.plan(model, batches(1)[0], budget="min")
+    clean = all(parameter.grad is None for parameter in model.parameters())
+    del model
+    plan = memfit.Plan.from_json(plan.to_json())
+    return {"clean": clean, "device": plan.device, "applied": compared(language_model, plan=plan)}
+
+
+def infeasible() -> dict:
+    model = language_model()
+    hooks = count_hooks(model)
+    smallest = 2 * sum(p.nbytes for p in model.parameters() if str(p.device) == SECOND)
+    memfit.fit(model, budget={FIRST: "1GiB", SECOND: smallest})
+    error = None
+    try:
+        train(model)
+    except memfit.InfeasibleBudgetError as raised:
+        error = {"text": str(raised), "budget": raised.budget, "minimum": raised.minimum, "event": raised.event}
+    return {"error": error, "given": smallest, "hooks": [hooks, count_hooks(model)], "again": trains_again(model)}
+
+
+def trains_again(model: nn.Module) -> bool:
+    handle = memfit.fit(model, budget="min")
+    train(model)
+    handle.remove()
+    return True
+
+
+def too_small() -> str:
+    """A budget below the weights of one device, before anything runs."""
+    try:
+        memfit.fit(language_model(), budget={FIRST: "1GiB", SECOND: 10_000})
+    except memfit.InfeasibleBudgetError as error:
+        return str(error)
+    return ""
+
+
+def split_block() -> dict:
+    """Blocks whose halves are on different devices: each half is planned where it is."""
+
+    class Half(nn.Module):
+        def __init__(self, device: str) -> None:
+            super().__init__()
+            self.into, self.out = nn.Linear(32, 128).to(device), nn.Linear(128, 32).to(device)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.tanh(self.into(x.to(self.into.weight.device))))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Half(FIRST), Half(SECOND)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.second(self.first(x)).to(x.device)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = types.SimpleNamespace()
+            self.embed = nn.Embedding(VOCABULARY, 32).to(FIRST)
+            self.blocks = nn.ModuleList([Both() for _ in range(3)])
+            self.head = nn.Linear(32, VOCABULARY).to(FIRST)
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> types.SimpleNamespace:
+            x = self.embed(input_ids)
+            for block in self.blocks:
+                x = block(x)
+            logits = self.head(x).flatten(0, 1)
+            return types.SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels.flatten()))
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Model()
+
+    return {"min": compared(make, budget="min")}
+
+
+def memory_ran_out() -> list[bool]:
+    """Which device's handle explains an error of the allocator of the second."""
+    handle = memfit.fit(language_model(), budget="min")
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 1 has a total capacity of 8 GiB.")
+    handle.failed(error)
+    return [bool(part.exhaustion.story) for part in handle.parts]
+
+
+if __name__ == "__main__":
+    load(sys.argv[1])
+    print(json.dumps(globals()[sys.argv[2]]()))
