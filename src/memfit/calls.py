@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from memfit.partitioned import is_partitioned, is_resident, readable
 from memfit.plans import Policy
 from memfit.programs import Leaf
 from memfit.quantized import PLAIN_TYPES
-from memfit.replay import CompiledPolicy, generator_of
+from memfit.replay import CompiledPolicy, States, generator_of
 from memfit.sharding import local, place_of
 from memfit.storages import is_small
 
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
 _top = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def _states(devices: Iterable[torch.device]) -> dict[torch.device, torch.Tensor]:
+    return {device: generator_of(device).get_state() for device in devices}
 
 
 class Call:
@@ -84,7 +88,7 @@ class Call:
         self.fresh = self.alone = False
         self.started = 0.0
         self.hooked: Any = None
-        self.states: dict[int, dict[Any, torch.Tensor]] | None = None
+        self.states: States | None = None
         self.rng: dict[torch.device, torch.Tensor] | None = None
         self.versions: list[int] = []
         self.owner: FrameType | None = None
@@ -101,14 +105,14 @@ class Call:
     def open(self, pack: Callable[[torch.Tensor], Handle], *, random: bool = False) -> None:
         """Push the saved-tensor hooks (and the recorder); with ``random``, take the states of all generators."""
         if random:
-            devices = dict.fromkeys([torch.device("cpu"), *(t.device for t in self.tensors)])
-            self.rng = {device: generator_of(device).get_state() for device in devices}
+            self.rng = _states(self._devices())
         if self.compiled is not None and self.compiled.snapshots:
             self.states = {}
             if self.compiled.snapshots[0] == 0:
-                self.states[0] = self._generators()
+                self.snapshot(0)
         if self.recorder is not None:
-            self.states = {0: self._generators()}
+            self.states = {}
+            self.snapshot(0)
         if not self.versions:
             self.versions = [t._version for t in self.tensors]
         self.hooked = pack
@@ -136,15 +140,15 @@ class Call:
             frame = frame.f_back
         return True
 
-    def _generators(self) -> dict[Any, torch.Tensor]:
-        devices = {t.device.type: t.device for t in self.tensors} or {"cpu": torch.device("cpu")}
-        devices.setdefault("cpu", torch.device("cpu"))
-        return {kind: generator_of(device).get_state() for kind, device in devices.items()}
+    def _devices(self) -> Iterable[torch.device]:
+        """On which the block may draw: what it is given may come from another than its own."""
+        own = [parameter.device for parameter in self.block.module.parameters()]
+        return dict.fromkeys([torch.device("cpu"), *(tensor.device for tensor in self.tensors), *own])
 
     def snapshot(self, packed: int) -> None:
         """Take the generators' states."""
         assert self.states is not None
-        self.states[packed] = self._generators()
+        self.states[packed] = _states(self.compiled.draws if self.compiled is not None else self._devices())
 
     # Comparing with the recording
 

@@ -16,7 +16,7 @@ import torch
 from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.narrowing import widen
-from memfit.replay import NARROW, CompiledPolicy, Restorer
+from memfit.replay import NARROW, CompiledPolicy, Restorer, States
 from memfit.sharding import place_of
 from memfit.signature import numeric_flags, set_numeric_flags
 from memfit.steps import view_of
@@ -134,7 +134,7 @@ class Frame:
         self.task = -2
         self.touched = False
         self.restorer: Restorer | None = None
-        self.states: dict[int, dict[Any, torch.Tensor]] | None = None
+        self.states: States | None = None
         self.parameters: dict[int, tuple[torch.Tensor, int, int]] = {}
         self.resets: Resets | None = None
         self.samples: canary.Samples | None = None

@@ -9,10 +9,9 @@ their last use. Nothing here is recursive at run time, and no value is derived b
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -24,6 +23,9 @@ from memfit.programs import Program, Value
 from memfit.steps import Environment, Step, compile_step, view_of
 
 SAVE, RECOMPUTE, NARROW = 0, 1, 2
+
+States = dict[int, dict[torch.device, torch.Tensor]]
+"""Of generators: after how many packed tensors, and of which device."""
 
 _default_generators = threading.Lock()
 
@@ -47,7 +49,8 @@ class CompiledPolicy:
         whole: Per saved tensor: whether it is that tensor itself.
         uses: Per node: how many closure ops and dropped saved tensors use it.
         steps: Per op.
-        snapshots: Number of packed tensors after which the generator's state is taken -> random ops.
+        snapshots: Numbers of packed tensors after which the states of generators are taken.
+        draws: The devices of these generators.
         dropped: Saved tensors that are recomputed.
         probes: Where the canary samples them.
         narrow: Saved tensors that are kept in narrow form.
@@ -72,6 +75,7 @@ class CompiledPolicy:
     uses: list[int]
     steps: dict[int, Step]
     snapshots: tuple[int, ...]
+    draws: tuple[torch.device, ...]
     narrowed: dict[int, tuple[torch.dtype | None, float]]
     dropped: tuple[int, ...]
     reads_link: frozenset[int]
@@ -178,6 +182,7 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         uses=uses,
         steps={i: compile_step(program, program.ops[i], bases, kept) for i in all_ops},
         snapshots=tuple(sorted({s for i in all_ops if (s := program.ops[i].snapshot) is not None})),
+        draws=tuple({drawn_on(program, i): None for i in all_ops if program.ops[i].random}),
         narrowed=narrowed,
         dropped=tuple(dropped),
         reads_link=frozenset(reads_link),
@@ -198,7 +203,7 @@ class Restorer:
 
     __slots__ = ("_bases", "_compiled", "_done", "_given", "_states", "_uses", "_values", "env")
 
-    def __init__(self, compiled: CompiledPolicy, states: dict[int, dict[Any, torch.Tensor]] | None) -> None:
+    def __init__(self, compiled: CompiledPolicy, states: States | None) -> None:
         """Start a pass.
 
         Args:
@@ -282,7 +287,7 @@ def run_ops(
     closure: Iterable[int],
     env: Environment,
     uses: list[int],
-    states: dict[int, dict[Any, torch.Tensor]] | None,
+    states: States | None,
 ) -> None:
     """Run ops in order, below autograd and autocast, outside any mode; random ops from the states of the forward."""
     program = compiled.program
@@ -293,10 +298,10 @@ def run_ops(
             if not op.random:
                 step(env, uses, None)
                 continue
-            device = program.nodes[op.outputs[0][1]].device
+            device = drawn_on(program, index)
             assert states is not None
             assert op.snapshot is not None
-            state = states[op.snapshot][device.type]
+            state = states[op.snapshot][device]
             if ops.with_generator(op.func) is not None:
                 own = torch.Generator(device)  # outside it nothing moves
                 own.set_state(state)
@@ -312,8 +317,15 @@ def run_ops(
                     generator.set_state(before)
 
 
+def drawn_on(program: Program, index: int) -> torch.device:
+    """The device whose generator a random op draws from."""
+    return program.nodes[program.ops[index].outputs[0][1]].device
+
+
 def generator_of(device: torch.device) -> torch.Generator:
     """The default generator of a device."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    return torch.default_generator
+    module = getattr(torch, device.type, None)
+    generators: Sequence[torch.Generator] = getattr(module, "default_generators", ())
+    if not generators or module is None:
+        return torch.default_generator
+    return generators[module.current_device() if device.index is None else device.index]

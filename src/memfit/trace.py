@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Recorder:
         self._random_state = python_random_state()
-        for device in {torch.device("cpu"), *(t.device for _, t in self.leaves if t.device.type in ("cpu", "cuda"))}:
+        for device in {torch.device("cpu"), *(tensor.device for _, tensor in self.leaves)}:
             self._generator_states[device] = generator_of(device).get_state()
         self._patches = patch_readers(self.note_read, self.note_launch)
         super().__enter__()  # type: ignore[no-untyped-call]

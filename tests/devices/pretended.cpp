@@ -1,5 +1,6 @@
 // Two devices that compute on the CPU and count what their tensors take, for tests of models on several devices.
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
@@ -95,6 +96,13 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
+// Each device draws from a generator of its own.
+const at::Generator& generator(int64_t device) {
+  static const std::array<at::Generator, DEVICES> all{
+      at::make_generator<at::CPUGeneratorImpl>(11), at::make_generator<at::CPUGeneratorImpl>(12)};
+  return all[device];
+}
+
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override {
     return true;
@@ -104,6 +112,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
   bool hasPrimaryContext(c10::DeviceIndex) const override {
     return true;
+  }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override {
+    return at::make_generator<at::CPUGeneratorImpl>();
   }
   c10::DeviceIndex deviceCount() const override {
     return DEVICES;
@@ -173,6 +184,20 @@ at::Scalar local_scalar(const at::Tensor& tensor) {
   return on_cpu(tensor).item();
 }
 
+// As torch's dropout on GPUs: one op, whose mask is an output.
+std::tuple<at::Tensor, at::Tensor> native_dropout(const at::Tensor& input, double p, std::optional<bool>) {
+  auto mask = at::empty_like(input, input.options().dtype(at::kBool));
+  on_cpu(mask).bernoulli_(1 - p, generator(input.device().index()));
+  auto output = at::empty_like(input);
+  on_cpu(output).copy_(on_cpu(input) * on_cpu(mask) / (1 - p));
+  return {output, mask};
+}
+
+at::Tensor& bernoulli(at::Tensor& self, double p, std::optional<at::Generator> given) {
+  on_cpu(self).bernoulli_(p, given.value_or(generator(self.device().index())));
+  return self;
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   at::native::cpu_fallback(op, stack);
 }
@@ -190,9 +215,16 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_local_scalar_dense", &local_scalar);
+  m.impl("native_dropout", &native_dropout);
+  m.impl("bernoulli_.float", &bernoulli);
+}
+
+at::Generator generator_of(int64_t device) {
+  return generator(device);
 }
 
 TORCH_LIBRARY(pretended, m) {
+  m.def("generator(int device) -> Generator?", &generator_of);
   m.def("allocated(int device) -> int", [](int64_t device) { return allocated[device].load(); });
   m.def("highest(int device) -> int", [](int64_t device) { return highest[device].load(); });
   m.def("reset(int device) -> ()", [](int64_t device) { highest[device] = allocated[device].load(); });

@@ -80,19 +80,22 @@ def load(library: str) -> None:
     module.is_available = lambda: True
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    module.default_generators = [torch.ops.pretended.generator(index) for index in (0, 1)]
     torch._register_device_module("pretended", module)
     memory._METERS["pretended"] = PretendedMeter
     slack.FLOOR = 0  # for libraries that these devices do not have, and more than the models here
 
 
-def language_model() -> nn.Module:
+def language_model(dropout: float = 0.0) -> nn.Module:
     """Three layers and the embeddings on the first device, three layers and the head on the second."""
     from accelerate import dispatch_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(num_hidden_layers=6, vocab_size=VOCABULARY, attn_implementation="eager", **sizes)
+    settings = {"attn_implementation": "eager", "attention_dropout": dropout}
+    config = LlamaConfig(num_hidden_layers=6, vocab_size=VOCABULARY, **sizes, **settings)
     places = {f"model.layers.{i}": FIRST if i < 3 else SECOND for i in range(6)}
     places |= {"model.embed_tokens": FIRST, "model.rotary_emb": FIRST, "model.norm": SECOND, "lm_head": SECOND}
     return dispatch_model(LlamaForCausalLM(config).train(), places, main_device=FIRST)
@@ -106,6 +109,8 @@ def batches(number: int) -> list[dict[str, torch.Tensor]]:
 
 def train(model: nn.Module) -> dict:
     """Losses, weights and each device's peak in the last step."""
+    for index in (0, 1):
+        torch.ops.pretended.generator(index).manual_seed(17 + index)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=False)
     losses = []
     for batch in batches(STEPS):
@@ -166,6 +171,63 @@ def count_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+class Chain(nn.Module):
+    """Blocks between embeddings and a head on the first device; each takes its input to where it is."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(use_cache=True)
+        self.embed = nn.Embedding(VOCABULARY, 32).to(FIRST)
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(32, VOCABULARY).to(FIRST)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> types.SimpleNamespace:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(x.to(FIRST)).flatten(0, 1)
+        return types.SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels.flatten()))
+
+
+def chain(blocks: list[nn.Module]) -> Chain:
+    torch.manual_seed(0)
+    model = Chain(blocks)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+class Half(nn.Module):
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(32, 128).to(device), nn.Linear(128, 32).to(device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.into(x.to(self.into.weight.device))))
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Half(FIRST), Half(SECOND)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(self.first(x)).to(x.device)
+
+
+class Noisy(nn.Module):
+    """Reads its data in Python, and draws."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(32, 32, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.weight.device)
+        hidden = torch.tanh(x @ self.weight) if x.sum().item() < 1e9 else x
+        return x + nn.functional.dropout(hidden, 0.2)
+
+
 # Scenarios
 
 
@@ -184,6 +246,16 @@ def budgets() -> dict:
         "second": fitted(language_model, plain, budget={0: "1GiB", 1: half[SECOND]}),
         "chunked": fitted(language_model, plain, budget="min", chunked_loss=True),
     }
+
+
+def dropout() -> dict:
+    """Each device has a generator of its own; what enters the second's first layer comes from the first."""
+    return {"min": compared(lambda: language_model(dropout=0.2), budget="min")}
+
+
+def whole_blocks() -> dict:
+    """Blocks that cannot be replayed: they run again as a whole, with what they drew."""
+    return {"min": compared(lambda: chain([Noisy(device) for device in (FIRST, FIRST, SECOND, SECOND)]), budget="min")}
 
 
 def adapters() -> dict:
@@ -244,43 +316,7 @@ def too_small() -> str:
 
 def split_block() -> dict:
     """Blocks whose halves are on different devices: each half is planned where it is."""
-
-    class Half(nn.Module):
-        def __init__(self, device: str) -> None:
-            super().__init__()
-            self.into, self.out = nn.Linear(32, 128).to(device), nn.Linear(128, 32).to(device)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(torch.tanh(self.into(x.to(self.into.weight.device))))
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = Half(FIRST), Half(SECOND)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.second(self.first(x)).to(x.device)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = types.SimpleNamespace()
-            self.embed = nn.Embedding(VOCABULARY, 32).to(FIRST)
-            self.blocks = nn.ModuleList([Both() for _ in range(3)])
-            self.head = nn.Linear(32, VOCABULARY).to(FIRST)
-
-        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> types.SimpleNamespace:
-            x = self.embed(input_ids)
-            for block in self.blocks:
-                x = block(x)
-            logits = self.head(x).flatten(0, 1)
-            return types.SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels.flatten()))
-
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return Model()
-
-    return {"min": compared(make, budget="min")}
+    return {"min": compared(lambda: chain([Both() for _ in range(3)]), budget="min")}
 
 
 def memory_ran_out() -> list[bool]:
