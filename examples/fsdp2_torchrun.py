@@ -71,6 +71,7 @@ def main() -> None:
 
     if handle is not None and rank == 0:
         print(handle.report())
+    dist.barrier()  # what Gloo's threads still hold is freed before Python ends
     dist.destroy_process_group()
 
 

@@ -569,7 +569,7 @@ def test_rule_05_rewound_generator() -> None:
     """Dropout's mask is drawn again from where the generator stood."""
 
     def off(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(Call, "_generators", lambda self: {"cpu": torch.Generator().get_state()})
+        patch.setattr(calls, "_states", lambda devices: {each: torch.Generator().get_state() for each in devices})
 
     matters(changing(Block), off, backstops=[no_verified_calls, no_canary])
 
