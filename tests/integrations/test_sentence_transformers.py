@@ -32,6 +32,7 @@ from memfit.integrations.transformers import MemfitCallback
 from memfit.solver.planner import switched
 from runs import report, tail
 from training import (
+    SHORT_RUN,
     TEXT,
     assert_example_runs,
     assert_less_is_alive,
@@ -121,20 +122,7 @@ EMBEDDERS = {
 
 
 def arguments(kind, folder, **changes):
-    options = {
-        "max_steps": 5,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-        "seed": 3,
-    }
+    options = {**SHORT_RUN, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
     return kind(folder, **{**options, **changes})
 
 

@@ -23,6 +23,7 @@ import memfit
 from memfit.errors import BudgetError, InfeasibleBudgetError, ModelError, UsageError
 from memfit.integrations.transformers import MemfitCallback
 from training import (
+    SHORT_RUN,
     assert_example_runs,
     assert_less_is_alive,
     assert_planned,
@@ -46,18 +47,7 @@ pytestmark = [
 
 
 def arguments(folder, **changes):
-    options = {
-        "max_steps": 5,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "learning_rate": 1e-2,
-    }
-    return TrainingArguments(folder, **{**options, **changes})
+    return TrainingArguments(folder, **{**SHORT_RUN, **changes})
 
 
 def trained(folder, callback=None, model=None, data=None, **changes):
@@ -276,6 +266,21 @@ def test_tensorboard_shows_the_metrics(tmp_path, monkeypatch):
         assert len(history(trainer, f"memfit/{name}")) == len(board.Scalars(f"train/memfit/{name}"))
     assert "train/loss" in tags
     assert history(trainer, "memfit/predicted_peak_bytes")[-1] == callback.summary()["predicted_peak_bytes"]
+
+
+def test_wandb_shows_the_metrics(tmp_path, monkeypatch):
+    """In a run that nothing is sent of."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    callback = MemfitCallback(budget="min")
+    trainer = trained(tmp_path, callback, report_to=["wandb"])
+    shown = dict(wandb.run.summary)
+    wandb.finish()
+    for name in ("measured_peak_bytes", "predicted_peak_bytes", "overhead"):
+        assert shown[f"train/memfit/{name}"] == pytest.approx(history(trainer, f"memfit/{name}")[-1])
+    assert shown["train/loss"] == pytest.approx(history(trainer, "loss")[-1])
 
 
 def test_evaluation_logs_are_left_alone(tmp_path):

@@ -36,7 +36,7 @@ from memfit.errors import InfeasibleBudgetError, UsageError
 from memfit.integrations.transformers import MemfitCallback
 from ranks import Outcome, counted_collectives, equal, in_turn, run, values, whole
 from runs import report, tail
-from training import assert_planned, batch_of_text, history, llama, metered, rows
+from training import SHORT_RUN, assert_planned, batch_of_text, history, llama, metered, rows
 
 PROMPT = torch.tensor([rows()[0]["input_ids"][:6]])
 
@@ -86,16 +86,9 @@ def trained(
     """What a Trainer came to on this rank."""
     on_cpu()
     options = {
-        "max_steps": 5,
+        **SHORT_RUN,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "learning_rate": 1e-2,
         "accelerator_config": {"use_configured_state": True},
     }
     model = build()

@@ -16,6 +16,7 @@ import memfit
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.integrations.transformers import MemfitCallback
 from training import (
+    SHORT_RUN,
     assert_less_is_alive,
     assert_planned,
     assert_same_weights,
@@ -99,17 +100,7 @@ MODELS = {
 
 
 def trained(folder, model, callback=None, **changes):
-    options = {"save_strategy": "no", "max_steps": 4, "learning_rate": 1e-2}
-    arguments = TrainingArguments(
-        folder,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=3,
-        **{**options, **changes},
-    )
+    arguments = TrainingArguments(folder, **{**SHORT_RUN, "max_steps": 4, **changes})
     trainer = Trainer(model, arguments, train_dataset=rows(), callbacks=[callback] if callback is not None else [])
     metered(trainer).train()
     return trainer

@@ -27,6 +27,7 @@ from trl import (
 from memfit import stacks
 from memfit.integrations.transformers import MemfitCallback
 from training import (
+    SHORT_RUN,
     TEXT,
     assert_example_runs,
     assert_less_is_alive,
@@ -108,18 +109,7 @@ STACKS = {
 
 def trained(name, folder, tokenizer, callback=None, *, peft=None, **changes):
     trainer_class, config_class, build, data, own = STACKS[name]
-    options = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "learning_rate": 1e-2,
-        "seed": 3,
-    }
+    options = {**SHORT_RUN, "max_steps": 4, "bf16": False}
     extra = {"reward_funcs": vowels} if name == "grpo" else {}
     trainer = trainer_class(
         model=build(tokenizer),

@@ -26,6 +26,18 @@ TEXT = [
     "At night the printing press could be heard from the other side of the river.",
 ]
 VOCABULARY = 260
+SHORT_RUN = {
+    "max_steps": 5,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 3,
+    "learning_rate": 1e-2,
+}
+"""Of `TrainingArguments`, and of the classes that are made from it."""
 
 
 def encode(text, length=48):
