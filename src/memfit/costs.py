@@ -8,15 +8,14 @@ counted once however many views are saved; parameters and what the block's surro
 from __future__ import annotations
 
 from collections.abc import Set
+from dataclasses import replace
 
 import torch
 
+from memfit.narrowing import NarrowSeconds, narrow_seconds
 from memfit.profiles import Node, NodeKind, OpCost, ProgramProfile
 from memfit.programs import Program, ProgramNode
 from memfit.timeline import backward_timeline
-
-COPY_BYTES_PER_SECOND = {"cpu": 6e9, "cuda": 1e12}
-"""Rough rates of an element-wise pass, for narrowing; they decide only between forms of the same value."""
 
 
 def profile_program(
@@ -25,6 +24,7 @@ def profile_program(
     held: Set[int] = frozenset(),
     owned: Set[int] = frozenset(),
     demoted: Set[int] = frozenset(),
+    narrow_seconds: NarrowSeconds = narrow_seconds,
 ) -> ProgramProfile:
     """Reduce a recording to numbers.
 
@@ -34,6 +34,7 @@ def profile_program(
             nothing.
         owned: Inputs without a gradient that nobody else keeps; else they are taken for everybody's, as masks are.
         demoted: Nodes that recipes were seen to bring back with other bits: they are kept, and that costs.
+        narrow_seconds: What narrowing a value costs on the device that is planned for.
     """
     measured = sum(op.seconds for op in program.ops)
     scale = min(1.0, program.forward_seconds / measured) if measured > 0 else 1.0
@@ -49,7 +50,7 @@ def profile_program(
     )
     return ProgramProfile(
         key=program.key,
-        nodes=nodes_of(program, held=held, owned=owned, demoted=demoted),
+        nodes=nodes_of(program, held=held, owned=owned, demoted=demoted, narrow_seconds=narrow_seconds),
         ops=costs,
         saved=tuple(s.value.node for s in program.saved),
         outputs=tuple(dict.fromkeys(value.node for value in program.outputs)),
@@ -60,14 +61,28 @@ def profile_program(
     )
 
 
-def nodes_of(program: Program, *, held: Set[int], demoted: Set[int], owned: Set[int] = frozenset()) -> tuple[Node, ...]:
+def nodes_of(
+    program: Program,
+    *,
+    held: Set[int],
+    demoted: Set[int],
+    owned: Set[int] = frozenset(),
+    narrow_seconds: NarrowSeconds | None = None,
+) -> tuple[Node, ...]:
     """The values of a recording, and what keeping each costs. The arguments are those of `profile_program`."""
     saved = [s.value.node for s in program.saved]
     counts = {n: saved.count(n) for n in set(saved)}
-    return tuple(
+    nodes = [
         _node(program, i, node, counts.get(i, 0), held=i in held, owned=i in owned, demoted=i in demoted)
         for i, node in enumerate(program.nodes)
-    )
+    ]
+    if narrow_seconds is not None:
+        for i, (node, recorded) in enumerate(zip(nodes, program.nodes, strict=True)):
+            if node.narrow_bytes is not None:
+                to = None if recorded.mask_scale is not None else recorded.narrow_dtype
+                seconds = narrow_seconds(recorded.device, node.storage_bytes, recorded.value.dtype, to)
+                nodes[i] = replace(node, narrow_seconds=seconds)
+    return tuple(nodes)
 
 
 def _node(
@@ -92,7 +107,6 @@ def _node(
             narrow = node.storage_bytes // node.value.dtype.itemsize
         elif node.narrow_dtype is not None:
             narrow = node.storage_bytes // node.value.dtype.itemsize * node.narrow_dtype.itemsize
-    rate = COPY_BYTES_PER_SECOND.get(node.device.type, 6e9)
     return Node(
         storage_bytes=node.storage_bytes,
         kind=kind,
@@ -100,7 +114,6 @@ def _node(
         num_saved=num_saved,
         keep_bytes=0 if held and keep is not None else keep,
         narrow_bytes=narrow if narrow and keep else None,
-        narrow_seconds=2.5 * node.storage_bytes / rate if narrow else 0.0,
         must_keep=must_keep,
     )
 

@@ -333,7 +333,7 @@ class Rehearsal:
             step_seconds += self._team.traffic.exposed_seconds(late)
         backward_flops += sum(extra for _, _, extra in took.values())
         held = held_nodes(self._calls)
-        programs = profiles(self._calls, took, held, like)
+        programs = profiles(self._calls, took, held, like, ledger.narrow_seconds)
         if self._team.moves_gradients:
             known = {} if like is None else like.profile.programs
             programs = {k: p if known.get(k) is p else self._without_gradients(p) for k, p in programs.items()}

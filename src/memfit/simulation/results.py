@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from memfit.costs import profile_program
 from memfit.links import link_of
+from memfit.narrowing import NarrowSeconds
 from memfit.profiler import CallReading
 from memfit.profiles import ProgramProfile, StepProfile
 from memfit.simulation.call import Call
@@ -135,6 +136,7 @@ def profiles(
     took: Mapping[int, tuple[float, float, float]],
     held: Mapping[str, Held],
     like: Rehearsed | None,
+    narrow_seconds: NarrowSeconds,
 ) -> dict[str, ProgramProfile]:
     """Of every program: what it costs.
 
@@ -143,6 +145,7 @@ def profiles(
         took: What `spans` gives.
         held: What `held_nodes` gives.
         like: A step of the same model on the same device.
+        narrow_seconds: What narrowing a value costs on that device.
     """
     found: dict[str, ProgramProfile] = {}
     for call in calls:
@@ -158,7 +161,7 @@ def profiles(
             watched = [c.watch.events for c in calls if c.watch and c.program and c.program.key == program.key]
             found[program.key] = whole_profile(program, watched[-1], backward_seconds=seconds, held=alive, owned=owned)
             continue
-        profile = profile_program(program, held=alive, owned=owned)
+        profile = profile_program(program, held=alive, owned=owned, narrow_seconds=narrow_seconds)
         found[program.key] = replace(profile, backward_seconds=seconds)
     return found
 
