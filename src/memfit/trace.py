@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit import flops, ops
 from memfit.bits import same_bits
 from memfit.checkpoints import is_inside
-from memfit.costs import Stopwatch
+from memfit.costs import Stopwatch, least_seconds
 from memfit.host import memory_ran_out
 from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
 from memfit.readers import patch_readers, python_random_state, restore_readers
@@ -322,10 +322,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first, second = [t for _, t in _outputs(out)], [t for _, t in _outputs(again)]
         if len(first) != len(second) or not all(same_bits(a, b) for a, b in zip(first, second, strict=True)):
             return False
-        started = time.perf_counter()
-        if op.seconds < 2e-4 and not op.random and device.type == "cpu" and op.target is None:
-            again_func(*again_args, **again_kwargs)  # tiny ops: the second of two is less noisy
-            op.seconds = min(op.seconds, time.perf_counter() - started)
+        del again, second  # the memory that this run has touched serves the next
+        if not op.random and device.type == "cpu":
+            op.seconds = least_seconds(op.seconds, lambda: again_func(*again_args, **again_kwargs))
         return True
 
     def _generator_state(self, device: torch.device) -> torch.Tensor | None:
