@@ -186,6 +186,35 @@ def test_a_block_on_two_devices_is_split(library: Path) -> None:
     assert all(found["peaks"][device] < found["plain_peaks"][device] for device in (FIRST, SECOND))
 
 
+def test_a_block_that_computes_elsewhere_runs_again_as_a_whole(library: Path) -> None:
+    """What it saves is not on the device whose budget its weights count for: the solver has no say in it."""
+    found = seen(library, "strays")["min"]
+    assert found["same"]
+    rows = {row["name"]: row for row in found["summary"]["blocks"]}
+    assert [rows[f"blocks.{i}"]["mode"] for i in range(4)] == ["replay", "replay", "fallback", "fallback"]
+    assert rows["blocks.2"]["reason"] == f"computes on {FIRST}, its weights are on {SECOND}"
+
+
+def test_every_second_block_is_counted_over_all_devices(library: Path) -> None:
+    assert seen(library, "every_second") == ["blocks.0", "blocks.2", "blocks.4"]
+
+
+def test_backwards_at_the_same_time_leave_generators_alone(library: Path) -> None:
+    """Blocks that run again as a whole take turns at the generators, whichever thread they run in."""
+    assert seen(library, "towers") == {"moved": 0, "modes": ["fallback"]}
+
+
+def test_blocks_on_no_device_as_a_whole(library: Path) -> None:
+    assert "No block of Chain has all its parameters on one device" in seen(library, "nowhere")
+
+
+def test_a_device_that_cannot_be_measured_leaves_nothing_behind(library: Path) -> None:
+    found = seen(library, "half_made")
+    assert found["error"] == "no meter"
+    assert found["hooks"][0] == found["hooks"][1]
+    assert found["again"]
+
+
 def test_an_allocators_error_is_explained_for_its_device(library: Path) -> None:
     assert seen(library, "memory_ran_out") == [False, True]
 

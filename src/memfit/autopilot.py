@@ -77,12 +77,13 @@ def fit(
     check_optimizer(optimizer)
     names = read_blocks(model, blocks)
     alone = len(devices) == 1
-    places = {devices[0]: names} if alone else blocks_by_device(model, names)
+    split = {} if alone else blocks_by_device(model, names)
+    places: dict[torch.device, list[str] | None] = {**split} or {devices[0]: names}
     limits = resolve_budgets(budget, list(places))
     for device, limit in limits.items():
         if isinstance(limit, int):
             check_static(model, limit, optimizer, None if alone else device)
-    notes = [] if alone else elsewhere(model, places)
+    notes = [] if alone else elsewhere(model, split)
     if plan is not None:
         check_plan(model, plan)
         if plan.device.partition(":")[0] != devices[0].type:
@@ -114,6 +115,11 @@ def fit(
             lead.remove()
         raise
     assert lead is not None, "a model that can be fitted has blocks"
+    if not alone:
+        blocks_of_all = {name for part in split.values() for name in part}
+        order = [name for name, _ in model.named_modules() if name in blocks_of_all]
+        for handle in lead.parts:
+            handle._request.number(order)  # the n-th block of the model, not of its device
     for handle in lead.parts:
         hand_over(handle, model)
     return lead

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memfit import canary
+from memfit.casts import autocast_dtype
 from memfit.entries import Entry
 from memfit.errors import RecomputeError
 from memfit.fallback import WRITTEN, ReplayOfModule
@@ -327,11 +328,8 @@ class Call:
         leave = frame.distrust = self.block.leave
         frame.inputs = Inputs(lambda _: leave(WRITTEN))
         frame.states = dict(self.rng or {})
-        device = self.tensors[0].device.type if self.tensors else "cpu"
-        if torch.is_autocast_enabled(device):
-            frame.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled())
-        else:
-            frame.autocast = (device, None, True)
+        cache = torch.is_autocast_cache_enabled()
+        frame.autocast = [(kind, autocast_dtype(kind), cache) for kind in {each.type for each in self._devices()}]
         parameters = list(self.block.module.parameters())
         pointers = {local(t).data_ptr() for t in (*parameters, *self.tensors)}
         parked = [h.tensor for h in self.handles if h.tensor is not None]

@@ -17,14 +17,15 @@ from typing import Any, Self
 import torch
 
 from memfit.blocks import find_blocks, replayable_children
+from memfit.errors import ModelError
 from memfit.exhaustion import Exhaustion
 from memfit.plans import Plan, Policy
+from memfit.training import TrainingState
 
 _SUMS = (
     "predicted_peak_bytes",
     "measured_peak_bytes",
     "plain_peak_bytes",
-    "budget_bytes",
     "context_bytes",
     "recompute_seconds",
     "saved_bytes",
@@ -44,14 +45,20 @@ _OWN = ("device", "budget_bytes", "budget", "predicted_peak_bytes", "measured_pe
 class Part(ABC):
     """A handle among those of one model, of which the first speaks for all: one for each device."""
 
-    def __init__(self, lead: Self | None) -> None:
-        """After ``lead``; ``None``: this is the first."""
-        self._lead = None if lead is None else weakref.ref(lead)
-        self._others: list[Self] = []
-        if lead is not None:
-            lead._others.append(self)
-
     exhaustion: Exhaustion
+    training: TrainingState
+
+    def __init__(self) -> None:
+        """The only one, so far."""
+        self._lead: weakref.ref[Self] | None = None
+        self._others: list[Self] = []
+        self._again = False
+
+    def join(self, lead: Self | None) -> None:
+        """This handle is whole; it comes after ``lead``."""
+        if lead is not None:
+            self._lead = weakref.ref(lead)
+            lead._others.append(self)
 
     @property
     def lead(self) -> Self:
@@ -76,14 +83,26 @@ class Part(ABC):
     def plan(self) -> Plan | None:
         """What was decided, for the largest step so far, on all devices; ``None`` before the second."""
         plans = [plan for part in self.parts if (plan := part.own_plan) is not None]
-        if len(plans) < len(self.parts):
-            return None
-        return merged_plan(plans) if self._others else plans[0]
+        return merged_plan(plans) if len(plans) > 1 else plans[0] if plans else None
 
     def summary(self) -> dict[str, Any]:
         """The report as data that `json.dumps` takes: raw bytes and seconds, ``None`` where unknown."""
         summaries = [part.own_summary() for part in self.parts]
         return merged_summary(summaries) if self._others else summaries[0]
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer steps any parameter of the model, on whatever device."""
+        return any(part.training.owns(optimizer) for part in self.lead.parts)
+
+    def others_profile_again(self) -> None:
+        """Blocks on this device do something else than in the step that was profiled: others' memory may show it."""
+        for part in self.lead.parts:
+            part._again = part is not self
+
+    def profiles_again(self) -> bool:
+        """Whether this step is to be profiled for that reason; once."""
+        again, self._again = self._again, False
+        return again
 
     def failed(self, error: BaseException | None) -> None:
         """An exception leaves the region in which the model is fitted: if memory ran out, say where."""
@@ -106,12 +125,17 @@ def blocks_by_device(model: torch.nn.Module, wanted: list[str] | None) -> dict[t
         devices = {parameter.device for parameter in module.parameters()}
         if len(devices) == 1:
             places.setdefault(devices.pop(), []).append(name)
-        elif devices:
+        else:
             found = [(f"{name}.{child}", part) for child, part in replayable_children(module)] + found
+    if not places:
+        raise ModelError(
+            f"No block of {type(model).__name__} has all its parameters on one device, nor has a part of one. Move "
+            "each block to a device, or name others with `blocks=[...]`."
+        )
     return places
 
 
-def elsewhere(model: torch.nn.Module, places: Mapping[torch.device, object]) -> list[str]:
+def elsewhere(model: torch.nn.Module, places: Mapping[torch.device, Sequence[str]]) -> list[str]:
     """One sentence for each device that has parameters and no block."""
     others: dict[torch.device, list[str]] = {}
     for name, parameter in model.named_parameters():
@@ -156,12 +180,14 @@ def merged_plan(plans: Sequence[Plan]) -> Plan:
 def merged_summary(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The summaries of all devices as one, with what is each device's own under ``devices``."""
     first = summaries[0]
+    budgets = [summary["budget_bytes"] for summary in summaries]
     words = {summary["budget"] for summary in summaries}
     events = [(summary["peak_event"], summary["device"]) for summary in summaries if summary["peak_event"]]
     return {
         **first,
         **{key: _total([summary[key] for summary in summaries]) for key in _SUMS},
         **dict.fromkeys(_OF_ONE),
+        "budget_bytes": None if None in budgets else sum(budgets),
         "device": ", ".join(summary["device"] for summary in summaries),
         "budget": words.pop() if len(words) == 1 else None,
         "peak_event": ", ".join(f"{event} on {device}" for event, device in events) or None,
@@ -173,5 +199,6 @@ def merged_summary(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _total(values: Sequence[Any]) -> Any:
-    """The sum, if all are known."""
-    return None if any(value is None for value in values) else sum(values)
+    """The sum of those that are known: blocks of one device may never be called."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None

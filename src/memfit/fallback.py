@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.frames import Handle, kept, passes
 from memfit.inputs import Inputs
 from memfit.partitioned import shown_by, staying
-from memfit.replay import generator_of
+from memfit.replay import default_generators, generator_of
 from memfit.sharding import local, place_of
 from memfit.signature import SCALARS, numeric_flags, plain_attributes, set_numeric_flags
 from memfit.storages import is_small
@@ -71,7 +71,7 @@ class ReplayOfModule:
         self.hashes: dict[int, torch.Tensor] = {}
         self.distrust: Callable[[str], None] | None = None
         self.states: dict[torch.device, torch.Tensor] = {}
-        self.autocast: tuple[str, Any, bool] | None = None
+        self.autocast: list[tuple[str, torch.dtype | None, bool]] = []
         self.values: dict[int, torch.Tensor] = {}
         # Each with its version and place (none where ZeRO-3 moves it), and whether autograd keeps it too.
         self.versions: list[tuple[torch.Tensor, int, int | None, bool]] = []
@@ -114,7 +114,8 @@ class ReplayOfModule:
                 return kept(handle)
             task = torch._C._current_graph_task_id()
             if handle.index not in self.values:
-                self._run()
+                with default_generators:
+                    self._run()
                 if task != -1 and task != self.task:
                     self.task = task
                     passes.add(task, self)
@@ -172,7 +173,6 @@ class ReplayOfModule:
         before = {device: generator_of(device).get_state() for device in self.states}
         for device, state in self.states.items():
             generator_of(device).set_state(state)
-        device_type, dtype, cache = self.autocast or ("cpu", None, False)
         replaying.active = True
         try:
             with (
@@ -181,10 +181,14 @@ class ReplayOfModule:
                 set_numeric_flags(self.flags),
                 torch.enable_grad(),
                 self._undisturbed(),
-                torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache),
+                ExitStack() as casts,
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
                 suppress(_AllPacked),
             ):
+                for kind, dtype, cache in self.autocast:
+                    casts.enter_context(
+                        torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=cache)
+                    )
                 self.module.forward(*self.args, **self.kwargs)
         finally:
             replaying.active = False

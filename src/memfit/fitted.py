@@ -60,6 +60,12 @@ def _run_whole(runtime: Runtime, ranks: Ranks) -> bool:
     return True
 
 
+def saves_nothing(runtime: Runtime) -> bool:
+    """Whether no block call of this step kept anything for a backward: only what comes after them trains."""
+    states = [runtime.states.get(call.program_key) for call in runtime.calls]
+    return bool(states) and all(state is not None and not state.program.saved for state in states)
+
+
 class Fitted:
     """A plan in force for one sequence of block calls."""
 

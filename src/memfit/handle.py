@@ -25,7 +25,7 @@ from memfit.entries import Entry, ProgramState
 from memfit.errors import ModelError
 from memfit.exhaustion import Exhaustion, ExhaustionHook
 from memfit.fingerprints import fingerprint
-from memfit.fitted import unfitted_on_error
+from memfit.fitted import saves_nothing, unfitted_on_error
 from memfit.heads import ChunkedLoss
 from memfit.hooks import CountHook, ModelHook, OptimizerHook
 from memfit.keeper import Keeper
@@ -65,13 +65,13 @@ class Handle(Part):
         lead: Handle | None = None,
     ) -> None:
         """Use `fit`; ``alone``: no parameters are on other devices; ``lead``: the first of a model with several."""
-        super().__init__(lead)
+        super().__init__()
         self._model = weakref.ref(model)
         self._name = class_name(model)
         self._device = device
         self._budget = budget
         self._meter: Meter = meter(device)
-        self._training = TrainingState(model, optimizer, device, alone=alone)
+        self.training = TrainingState(model, optimizer, device, alone=alone)
         self._fingerprint = fingerprint(model)
         self._profiler: Profiler | None = None
         self._removed = False
@@ -106,7 +106,7 @@ class Handle(Part):
             model,
             self.runtime,
             self._meter,
-            self._training,
+            self.training,
             self._block_names,
             request,
             budget,
@@ -138,13 +138,15 @@ class Handle(Part):
             self._slack,
             self.runtime,
             self._meter,
-            self._training,
+            self.training,
             self._clock,
             self.ranks,
             budget=budget,
             decides=request.decides,
             chunked_loss=self._chunked_loss,
         )
+        self.runtime.home = None if alone else device
+        self.join(lead)
         if lead is None:
             fitted_models[model] = weakref.ref(self)
 
@@ -217,7 +219,7 @@ class Handle(Part):
             self._planning.settle()
         self._planned.begin()
         self._work.step_ended(self._clock.tick())
-        if not self._planned and not self._measures_only:
+        if (self.profiles_again() or not self._planned) and not self._measures_only:
             self._profile_step()
         else:
             self.runtime.keeper.restart()
@@ -235,11 +237,12 @@ class Handle(Part):
         if self._occasions.is_due(known=known):
             self._peak_open = False
             self._profile_step()
+            self.others_profile_again()
 
     def _profile_step(self) -> None:
-        self._training.look()
+        self.training.look()
         self._meet()
-        self._profiler = Profiler(self._meter, self._training.gradient_bytes, self._training.state_bytes)
+        self._profiler = Profiler(self._meter, self.training.gradient_bytes, self.training.state_bytes)
         self.runtime.listener = self._profiler
         self.exhaustion.begin()
         self._clock.skip()
@@ -264,7 +267,7 @@ class Handle(Part):
         planned = self._planned
         if profiler is not None:
             profiler.backward_ended()
-            if profiler.complete or self._saves_nothing():
+            if profiler.complete or saves_nothing(self.runtime):
                 self._planning.pending = (profiler, sequence)
                 self._occasions.profiled()
         elif planned.unplanned:
@@ -279,11 +282,6 @@ class Handle(Part):
                 if larger is not None:
                     self._planning.larger = (larger, sequence)
         self._peak_open = False
-
-    def _saves_nothing(self) -> bool:
-        """Whether no block call of this step kept anything for a backward: only what comes after them trains."""
-        states = [self.runtime.states.get(call.program_key) for call in self.runtime.calls]
-        return bool(states) and all(state is not None and not state.program.saved for state in states)
 
     def _learn(self, peak: int) -> None:
         active = self._planned.active
@@ -303,7 +301,7 @@ class Handle(Part):
 
     def optimizer_event(self, optimizer: torch.optim.Optimizer, *, before: bool) -> None:
         """Any torch optimizer is about to step, or has stepped."""
-        if not self._training.owns(optimizer):
+        if not self.owns(optimizer):
             return
         if before:
             self.ranks.before_optimizer()
@@ -311,11 +309,11 @@ class Handle(Part):
                 self._profiler.backward_ended()
             return
         self._steps += 1
-        self._training.stepped(optimizer)
+        self.training.stepped(optimizer)
         if self._measures_only:
             self._work.step_ended(self._clock.tick())  # nothing is hooked that would see the next step begin
         if self._profiler is not None:
-            self._profiler.optimizer_stepped(self._training.state_bytes())
+            self._profiler.optimizer_stepped(self.training.state_bytes())
         elif self._peak_open:
             self.runtime.keeper.observe()  # somebody else may begin a new peak before we do
         self.runtime.generation += 1

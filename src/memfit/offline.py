@@ -37,7 +37,7 @@ def rehearse(handle: Handle, model: torch.nn.Module, batch: Any, loss: Loss | No
             del value
             for part in parts:
                 part._finish_step()
-            if any(part._planning.pending is None for part in parts):
+            if all(part._planning.pending is None for part in parts):
                 raise ModelError(f"No block of {type(model).__name__} took part in the backward of this loss.")
             for part in parts:
                 part.runtime.calls = []

@@ -133,7 +133,11 @@ def crosses_devices(tensors: Iterable[torch.Tensor], kwargs: dict[str, Any]) -> 
     if kwargs.get("device") is None:
         return len(read) > 1
     to = torch.device(kwargs["device"])
-    return any(d.type != to.type or (to.index is not None and d.index != to.index) for d in read)
+    index: int | None = to.index
+    if index is None and any(device.type == to.type != "cpu" for device in read):
+        current: Any = getattr(getattr(torch, to.type, None), "current_device", None)
+        index = None if current is None else current()
+    return any(device.type != to.type or (index is not None and device.index != index) for device in read)
 
 
 def purify(

@@ -191,9 +191,14 @@ class Program:
             return f"tensors of type {self.foreign}"
         if self.python_random:
             return "draws Python randomness"
-        if len({node.device for node in self.nodes if node.producer is not None and node.device.type != "cpu"}) > 1:
-            return "computes on several devices"
         return f"depends on data: {self.data_dependent}" if self.data_dependent else ""
+
+    def strays(self, home: torch.device | None) -> str:
+        """Why its values are not to be planned for on the device of the block's weights, or ""."""
+        for node in self.nodes if home is not None else ():
+            if node.producer is not None and node.device.type != "cpu" and node.device != home:
+                return f"computes on {node.device}, its weights are on {home}"
+        return ""
 
     @property
     def unproven(self) -> int:

@@ -27,7 +27,8 @@ SAVE, RECOMPUTE, NARROW = 0, 1, 2
 States = dict[int, dict[torch.device, torch.Tensor]]
 """Of generators: after how many packed tensors, and of which device."""
 
-_default_generators = threading.Lock()
+default_generators = threading.RLock()
+"""Held by whoever moves one for a while: each device has a backward thread of its own."""
 
 
 @dataclass(slots=True)
@@ -307,7 +308,7 @@ def run_ops(
                 own.set_state(state)
                 step(env, uses, own)
                 continue
-            with _default_generators:
+            with default_generators:
                 generator = generator_of(device)
                 before = generator.get_state()
                 generator.set_state(state)

@@ -70,6 +70,7 @@ class Runtime:
         self._first_frame: weakref.ref[Frame | ReplayOfModule | Kept] | None = None
         self.active = True
         self.whole = False  # blocks that ZeRO-3 has partitioned run again as a whole
+        self.home: torch.device | None = None  # of the blocks, where a model has several
         self.generation = 0
         self.steps = 0  # begun so far
         self.notes: dict[str, str] = {}
@@ -284,7 +285,7 @@ class Runtime:
         self.record_seconds += time.perf_counter() - call.started
         if not self._is_cheap() or not any(entry.state.is_resized(program) for entry in block.entries.values()):
             block.recordings_in_a_row += 1
-        why = (self.whole and block.partitioned and WHOLE) or program.not_replayable
+        why = (self.whole and block.partitioned and WHOLE) or program.not_replayable or program.strays(self.home)
         if not why and block.recordings_in_a_row > MAX_RECORDINGS_IN_A_ROW:
             why = UNSTEADY
         if why:

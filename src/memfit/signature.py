@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from memfit.casts import autocast_state
 from memfit.guards import guard_of
 from memfit.programs import LeafKind
 from memfit.quantized import PLAIN_TYPES, Statistics, statistics_of
@@ -192,15 +193,6 @@ _SETTERS: tuple[Callable[[Any], None], ...] = (
 )
 
 
-def autocast_state(tensors: list[torch.Tensor]) -> Any:
-    """The dtype that autocast casts to on the device of ``tensors``, or ``None`` where it is off."""
-    if torch._C._is_any_autocast_enabled():
-        device = tensors[0].device.type if tensors else "cpu"
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-    return None
-
-
 def call_key(
     arguments: list[Any],
     fields: list[Any],
@@ -219,7 +211,7 @@ def call_key(
         own: Where the block's parameters and buffers lie, see `storages_of`.
         flags: See `numeric_flags`.
     """
-    autocast = autocast_state(tensors)
+    autocast = autocast_state()
     return tuple(arguments), describe(tensors), aliases(tensors, own), training, autocast, flags, tuple(fields)
 
 
@@ -242,7 +234,7 @@ class Signatures:
         flags: tuple[Any, ...],
     ) -> tuple[Any, ...]:
         """The signature; arguments as those of `call_key`."""
-        autocast = autocast_state(tensors)
+        autocast = autocast_state()
         pattern = aliases(tensors, own)
         state = (training, autocast, flags, pattern)
         for guard, known_arguments, known_fields, known_state, signature in self._known:

@@ -228,6 +228,32 @@ class Noisy(nn.Module):
         return x + nn.functional.dropout(hidden, 0.2)
 
 
+class Away(nn.Module):
+    """Brings its weights to its input."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(32, 32, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(x @ self.weight.to(x.device))
+
+
+class Towers(nn.Module):
+    """Two branches: the backwards of both devices run at the same time, in a thread each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList([Noisy(FIRST) for _ in range(6)])
+        self.second = nn.ModuleList([Noisy(SECOND) for _ in range(6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = second = x
+        for one, other in zip(self.first, self.second, strict=True):
+            first, second = one(first), other(second)
+        return (first + second.to(FIRST)).square().mean()
+
+
 # Scenarios
 
 
@@ -317,6 +343,80 @@ def too_small() -> str:
 def split_block() -> dict:
     """Blocks whose halves are on different devices: each half is planned where it is."""
     return {"min": compared(lambda: chain([Both() for _ in range(3)]), budget="min")}
+
+
+def strays() -> dict:
+    """Blocks whose weights are on the second device, and whose activations are on the first."""
+    blocks = [FIRST, FIRST, SECOND, SECOND]
+    return {"min": compared(lambda: chain([(Half if d == FIRST else Away)(d) for d in blocks]), budget="min")}
+
+
+def every_second() -> list:
+    """Which blocks recompute, of six that change devices in turn."""
+    model = chain([Half(device) for device in (FIRST, SECOND) * 3])
+    handle = memfit.fit(model, every_n_layers=2)
+    train(model)
+    return sorted(row["name"] for row in handle.summary()["blocks"] if row["recomputed_bytes"])
+
+
+def towers() -> dict:
+    """Generators after each backward, which draws again what was drawn."""
+    model = Towers()
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape) / 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    handle = memfit.fit(model, budget="min")
+    moved = 0
+    for _ in range(80):
+        loss = model(torch.randn(64, 32).to(FIRST))
+        for device in (FIRST, SECOND):
+            torch.empty(5, device=device).bernoulli_(0.5)
+        before = states()
+        loss.backward()
+        moved += any(not torch.equal(a, b) for a, b in zip(before, states(), strict=True))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"moved": moved, "modes": sorted({row["mode"] for row in handle.summary()["blocks"]})}
+
+
+def states() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.ops.pretended.generator(index).get_state() for index in (0, 1))]
+
+
+def nowhere() -> str:
+    """Blocks that are on no device as a whole, and have no parts."""
+
+    class Torn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.empty(32, 32, device=FIRST))
+            self.second = nn.Parameter(torch.empty(32, 32, device=SECOND))
+
+    try:
+        memfit.fit(chain([Torn(), Torn()]), budget="min")
+    except memfit.ModelError as error:
+        return str(error)
+    return ""
+
+
+def half_made() -> dict:
+    """The second device cannot be measured, which shows when the first has its handle."""
+    model = language_model()
+    hooks = count_hooks(model)
+    meter = memory._METERS["pretended"]
+
+    def only_first(device: torch.device) -> memory.Meter:
+        if device.index:
+            raise memfit.BudgetError("no meter")
+        return meter(device)
+
+    memory._METERS["pretended"] = only_first
+    try:
+        memfit.fit(model)
+    except memfit.BudgetError as error:
+        text = str(error)
+    memory._METERS["pretended"] = meter
+    return {"error": text, "hooks": [hooks, count_hooks(model)], "again": trains_again(model)}
 
 
 def memory_ran_out() -> list[bool]:
