@@ -125,14 +125,22 @@ def _is_whole(program: Program, index: int) -> bool:
     return all(s.value == node.value for s in program.saved if s.value.node == index)
 
 
+_MAX_RUNS = 4
+_LONG_SECONDS = 0.02
+
+
 def least_seconds(seconds: float, run: Callable[[], object]) -> float:
-    """What an op takes that took ``seconds``: run once more on CPU, in memory that has been touched; or twice, if that
-    was much faster, as where another process had the core."""
-    for _ in range(2):
+    """What an op takes that took ``seconds``: run again on CPU, in memory that has been touched.
+
+    Until that brings no more: where another process has the core, an op of two threads waits for it some milliseconds.
+    """
+    left = 2 if seconds < _LONG_SECONDS else 1
+    for _ in range(_MAX_RUNS):
         started = time.perf_counter()
         run()
         before, seconds = seconds, min(seconds, time.perf_counter() - started)
-        if seconds > before / 2:
+        left -= seconds > before / 2
+        if not left:
             break
     return seconds
 
