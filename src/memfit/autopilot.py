@@ -93,7 +93,7 @@ def fit(
     if every_n_layers is not None and policy is None:
         policy = "full"
     chunked_loss = check_chunked_loss(chunked_loss)
-    head = device_of_head(model, list(places))
+    head = devices[0] if alone else device_of_head(model, list(places))
     lead: Handle | None = None
     try:
         for device, part in places.items():

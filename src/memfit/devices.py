@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 
 from memfit.blocks import find_blocks, replayable_children
+from memfit.causal import head_of
 from memfit.errors import ModelError
 from memfit.exhaustion import Exhaustion
 from memfit.plans import Plan, Policy
@@ -149,8 +150,7 @@ def elsewhere(model: torch.nn.Module, places: Mapping[torch.device, Sequence[str
 
 def device_of_head(model: torch.nn.Module, devices: Sequence[torch.device]) -> torch.device:
     """Where the loss of a language model is computed, of these devices."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    device: torch.device | None = getattr(getattr(head, "weight", None), "device", None)
+    device: torch.device | None = getattr(getattr(head_of(model), "weight", None), "device", None)
     return device if device is not None and device in devices else devices[-1]
 
 
