@@ -445,7 +445,7 @@ def test_the_optimizer_is_known_by_its_name(tmp_path, optim):
 
     class Looking(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            seen.append(callback.handle._training.reserved_bytes())
+            seen.append(callback.handle.training.reserved_bytes())
 
     callback = MemfitCallback(budget="min")
     trainer = Trainer(llama(), arguments(tmp_path, optim=optim), train_dataset=rows(), callbacks=[callback, Looking()])
