@@ -28,5 +28,5 @@ def test_an_op_is_timed_until_that_brings_no_more(
         now += left.pop(0)
 
     monkeypatch.setattr(costs.time, "perf_counter", lambda: now)
-    assert costs.least_seconds(first, run) == pytest.approx(best)
+    assert costs.warm_seconds(first, run) == pytest.approx(best)
     assert len(runs) - len(left) == num_runs

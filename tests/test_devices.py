@@ -21,6 +21,7 @@ from memfit.units import Budget, parse_budgets
 
 sys.path.insert(0, str(Path(__file__).parent / "devices"))
 import pretended
+import scenarios
 from pretended import FIRST, SECOND
 
 GIB = 2**30
@@ -38,7 +39,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(library: Path, scenario: str) -> Any:
-    command = [sys.executable, pretended.__file__, str(library), scenario]
+    command = [sys.executable, scenarios.__file__, str(library), scenario]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -102,7 +103,7 @@ def test_the_summary_adds_up(budgets: dict[str, Any]) -> None:
         assert found[key] == sum(each[key] for each in found["devices"])
     assert found["saved_bytes"] == sum(row["saved_bytes"] for row in found["blocks"])
     assert [row["name"] for row in found["blocks"]] == [f"model.layers.{i}" for i in range(6)]
-    assert found["steps"] == pretended.STEPS
+    assert found["steps"] == scenarios.STEPS
     assert found["model_flops"] == budgets["none"]["summary"]["model_flops"]
 
 
@@ -202,6 +203,28 @@ def test_every_second_block_is_counted_over_all_devices(library: Path) -> None:
 def test_backwards_at_the_same_time_leave_generators_alone(library: Path) -> None:
     """Blocks that run again as a whole take turns at the generators, whichever thread they run in."""
     assert seen(library, "towers") == {"moved": 0, "modes": ["fallback"]}
+
+
+def test_a_device_whose_blocks_are_never_called(library: Path) -> None:
+    """It has no peak of its own; the other's plan and numbers are the model's."""
+    found = seen(library, "one_never_called")
+    assert found["planned"]
+    assert found["offline"] == SECOND
+    assert found["summary"]["measured_peak_bytes"] == by_device(found)[SECOND]["measured_peak_bytes"] > 0
+
+
+def test_a_step_is_counted_once_wherever_it_trains(library: Path) -> None:
+    first, second = seen(library, "counted")
+    assert first == [second[0], True, scenarios.STEPS]
+    assert second == [first[0], True, 2 * scenarios.STEPS]
+
+
+def test_what_one_device_does_anew_the_other_measures_again(library: Path) -> None:
+    """Blocks that are split after the first step: their activations on the other device are in its prediction."""
+    found = seen(library, "crossing")["min"]
+    assert found["same"]
+    first = by_device(found)[FIRST]
+    assert first["measured_peak_bytes"] == pytest.approx(first["predicted_peak_bytes"], rel=0.1)
 
 
 def test_blocks_on_no_device_as_a_whole(library: Path) -> None:

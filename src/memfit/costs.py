@@ -129,7 +129,7 @@ _MAX_RUNS = 4
 _LONG_SECONDS = 0.02
 
 
-def least_seconds(seconds: float, run: Callable[[], object]) -> float:
+def warm_seconds(seconds: float, run: Callable[[], object]) -> float:
     """What an op takes that took ``seconds``: run again on CPU, in memory that has been touched.
 
     Until that brings no more: where another process has the core, an op of two threads waits for it some milliseconds.

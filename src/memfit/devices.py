@@ -3,7 +3,8 @@
 NOTE [Devices]: such a model runs on one device after the other, and what one holds is nothing to the others. So a step
 is planned for each device by itself, from its own block calls and its own memory: chains are split there. For that no
 recipe may reach into another device. An op that reads one and writes another is a boundary (`ops.crosses_devices`): its
-result is saved where it is. A block that computes on several is split into its children.
+result is saved where it is. A block whose parameters are on several devices is split into its children; one that
+computes elsewhere than on the device of its weights (`Program.strays`) is split likewise, or runs again as a whole.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from memfit.causal import head_of
 from memfit.errors import ModelError
 from memfit.exhaustion import Exhaustion
 from memfit.plans import Plan, Policy
+from memfit.slack import Slack
 from memfit.training import TrainingState
 
 _SUMS = (
@@ -48,6 +50,7 @@ class Part(ABC):
 
     exhaustion: Exhaustion
     training: TrainingState
+    _slack: Slack
 
     def __init__(self) -> None:
         """The only one, so far."""
@@ -103,6 +106,8 @@ class Part(ABC):
     def profiles_again(self) -> bool:
         """Whether this step is to be profiled for that reason; once."""
         again, self._again = self._again, False
+        if again:
+            self._slack.forget()
         return again
 
     def failed(self, error: BaseException | None) -> None:

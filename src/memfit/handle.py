@@ -66,6 +66,7 @@ class Handle(Part):
     ) -> None:
         """Use `fit`; ``alone``: no parameters are on other devices; ``lead``: the first of a model with several."""
         super().__init__()
+        home = None if alone else device
         self._model = weakref.ref(model)
         self._name = class_name(model)
         self._device = device
@@ -110,7 +111,7 @@ class Handle(Part):
             self._block_names,
             request,
             budget,
-            None if alone else device,
+            home,
         )
         decider = Decider(
             request,
@@ -145,7 +146,7 @@ class Handle(Part):
             decides=request.decides,
             chunked_loss=self._chunked_loss,
         )
-        self.runtime.home = None if alone else device
+        self.runtime.home = home
         self.join(lead)
         if lead is None:
             fitted_models[model] = weakref.ref(self)

@@ -63,6 +63,10 @@ class Slack:
         """A plan was made that leaves so much room."""
         self.bytes = self.least = size
 
+    def forget(self) -> None:
+        """What steps have shown was of other work than what is profiled now."""
+        self._learnt = False
+
     def learn(self, fitted: Fitted, *, peak_bytes: int, budget: int, smallest: bool = False) -> None:
         """Compare a step's peak with its plan; one that broke its budget, or wastes it, becomes stale.
 

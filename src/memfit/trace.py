@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit import flops, ops
 from memfit.bits import same_bits
 from memfit.checkpoints import is_inside
-from memfit.costs import Stopwatch, least_seconds
+from memfit.costs import Stopwatch, warm_seconds
 from memfit.host import memory_ran_out
 from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
 from memfit.readers import patch_readers, python_random_state, restore_readers
@@ -324,7 +324,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         del again, second  # the memory that this run has touched serves the next
         if not op.random and device.type == "cpu":
-            op.seconds = least_seconds(op.seconds, lambda: again_func(*again_args, **again_kwargs))
+            op.seconds = warm_seconds(op.seconds, lambda: again_func(*again_args, **again_kwargs))
         return True
 
     def _generator_state(self, device: torch.device) -> torch.Tensor | None:
