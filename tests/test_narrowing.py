@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from memfit import hardware
+import memfit
+from memfit import frames, hardware
 from memfit.bits import same_bits
 from memfit.narrowing import narrow_form, narrow_seconds, widen
+from memfit.plans import Policy
+from memfit.profiles import ProgramProfile
 from memfit.simulation.ledger import Ledger
 from memfit.simulation.rates import rates
+from policies import available
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -50,3 +58,52 @@ def test_predictions_price_it_for_their_device(narrow: torch.dtype | None, moved
     seconds = Ledger(rates(entry)).narrow_seconds(CPU, 64 * MIB, torch.float32, narrow)
     ideal = moved * MIB / entry.memory_bytes_per_second
     assert ideal < seconds < 2 * ideal
+
+
+class Mixer(nn.Module):
+    """Its dropout's mask is saved for one product, and what it masks for the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.dropout(self.up(x).tanh(), 0.3))
+
+
+def narrow_masks(program: ProgramProfile) -> Policy:
+    """Masks in narrow form, and beside them what recipes cannot do without."""
+    narrowed = {n for n, node in enumerate(program.nodes) if node.narrow_bytes is not None}
+    kept = {n for n, node in enumerate(program.nodes) if node.must_keep or node.kind == "input"} - narrowed
+    assert available(program, narrowed | kept) >= set(program.saved)
+    return Policy(program=program.key, kept=tuple(sorted(kept)), narrowed=tuple(sorted(narrowed)))
+
+
+def test_a_mask_is_widened_once_for_all_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First a recipe, for what is masked, then autograd; in each of two backwards through one graph."""
+
+    def train(fitted: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Mixer() for _ in range(3)))
+        if fitted:
+            memfit.fit(model, policy=narrow_masks)
+        seen = []
+        for _ in range(3):
+            x = torch.randn(4, 8)
+            loss = model(x).square().sum()
+            for retain_graph in (True, False):
+                count.append(0)
+                loss.backward(retain_graph=retain_graph)
+                seen += [p.grad.clone() for p in model.parameters()]
+        return seen
+
+    def counted(*args: Any) -> Tensor:
+        count[-1] += 1
+        return widen(*args)
+
+    count: list[int] = []
+    plain = train(fitted=False)
+    monkeypatch.setattr(frames, "widen", counted)
+    count.clear()
+    assert all(same_bits(one, other) for one, other in zip(train(fitted=True), plain, strict=True))
+    assert count[2:] == [3, 3, 3, 3]

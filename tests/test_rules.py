@@ -988,7 +988,7 @@ def no_versions(patch: pytest.MonkeyPatch) -> None:
         leaves += [(node, self.parameters[node][0]) for node in nodes]
 
     patch.setattr(frames, "kept", lambda handle: handle.tensor)
-    patch.setattr(Frame, "_checked", lambda self, node, tensor, version: tensor)
+    patch.setattr(Frame, "_checked", lambda self, node, tensor, *_: tensor)
     patch.setattr(Frame, "_add_parameters", add)
 
 

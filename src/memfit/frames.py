@@ -19,7 +19,7 @@ from memfit.narrowing import widen
 from memfit.replay import NARROW, CompiledPolicy, Restorer, States
 from memfit.sharding import place_of
 from memfit.signature import numeric_flags, set_numeric_flags
-from memfit.steps import view_of
+from memfit.steps import Environment, view_of
 
 if TYPE_CHECKING:
     from memfit.fallback import ReplayOfModule
@@ -171,24 +171,27 @@ class Frame:
                     self.inputs.look()
             if handle.tensor is not None:
                 return self._kept(handle)
-            task = torch._C._current_graph_task_id()
-            if task != self.task or self.restorer is None:
-                self._begin(task)
-            restorer = self.restorer
-            assert restorer is not None
+            restorer = self._restorer()
             value = restorer.take(handle.index)
             if value is None:
                 value = self._restore(restorer, handle)
-            if task == -1:
-                self.restorer = None  # not in a backward pass: somebody looks at a graph; keep nothing
             self._check(handle, value)
             return value
+
+    def _restorer(self) -> Restorer:
+        """Of the backward pass that runs; of nobody else, where somebody only looks at a graph."""
+        task = torch._C._current_graph_task_id()
+        restorer = self.restorer
+        if task != self.task or restorer is None:
+            restorer = self._begin(task)
+        return restorer
 
     def _restore(self, restorer: Restorer, handle: Handle) -> torch.Tensor:
         """Run the recipe of a handle."""
         if handle.link is not None:
             self._bring_input(handle.index, handle.link, restorer)
-        leaves = [(node, self._checked(node, tensor, version)) for node, tensor, version in handle.leaves]
+        env = restorer.env
+        leaves = [(node, self._checked(node, tensor, version, env)) for node, tensor, version in handle.leaves]
         self._add_parameters(self.compiled.parameters[handle.index], leaves)
         if self.same_flags:
             return restorer.restore(handle.index, leaves)
@@ -199,20 +202,29 @@ class Frame:
         tensor = kept(handle)
         action = self.compiled.actions[handle.index]
         saved = self.compiled.program.saved[handle.index]
-        if action == NARROW:
-            wide = widen(tensor, saved.value.dtype, self.compiled.narrowed[saved.value.node])
-            return view_of(wide, saved.value, self.compiled.bases[saved.value.node])
-        if self.compiled.program.nodes[saved.value.node].custom:
-            return tensor.clone()  # a custom Function may overwrite what it saved (rule 7)
-        return tensor
+        node = saved.value.node
+        custom = self.compiled.program.nodes[node].custom
+        if action != NARROW:
+            return tensor.clone() if custom else tensor  # a custom Function may overwrite what it saved (rule 7)
+        if custom or self.compiled.uses[node] == 1:
+            wide = widen(tensor, saved.value.dtype, self.compiled.narrowed[node])
+            return view_of(wide, saved.value, self.compiled.bases[node])
+        restorer = self._restorer()
+        value = restorer.take(handle.index)
+        if value is None:
+            restorer.env[node] = widen(tensor, saved.value.dtype, self.compiled.narrowed[node])
+            value = restorer.take(handle.index)
+            assert value is not None
+        return value
 
-    def _begin(self, task: int) -> None:
-        """The first dropped value in this backward pass."""
-        self.task = task
+    def _begin(self, task: int) -> Restorer:
+        """The first value to be brought back in this backward pass; outside one nothing is kept."""
         self.same_flags = self.flags == passes.flags(task)
-        self.restorer = Restorer(self.compiled, self.states)
+        restorer = Restorer(self.compiled, self.states)
         if task != -1:
+            self.task, self.restorer = task, restorer
             passes.add(task, self)
+        return restorer
 
     def end(self) -> None:
         """The backward pass is over: what recipes cached is freed."""
@@ -221,7 +233,8 @@ class Frame:
             self.task = -2
             self.touched = False
 
-    def _checked(self, node: int, tensor: torch.Tensor, version: int) -> torch.Tensor:
+    def _checked(self, node: int, tensor: torch.Tensor, version: int, env: Environment | None = None) -> torch.Tensor:
+        """A leaf of a recipe as it was; a narrowed one as wide as it was, from ``env`` if it is there."""
         if tensor._version != version:
             leaf = self.compiled.program.nodes[node].leaf
             if leaf is not None and self.written is not None and all(v.node != node for v in self.compiled.values):
@@ -233,9 +246,10 @@ class Frame:
                 f"version {tensor._version}; expected version {version} instead. Write out of place, or step again."
             )
         narrow = self.compiled.narrowed.get(node)
-        if narrow is not None:
-            return widen(tensor, self.compiled.bases[node].dtype, narrow)
-        return tensor
+        if narrow is None:
+            return tensor
+        wide = env.get(node) if env is not None else None
+        return widen(tensor, self.compiled.bases[node].dtype, narrow) if wide is None else wide
 
     def _bring_input(self, index: int, link: Upstream, restorer: Restorer) -> None:
         """Have the linked input there, if what follows reads it."""

@@ -48,7 +48,7 @@ class CompiledPolicy:
         kept: Kept saved node -> the saved tensor that shows it to recipes.
         bases: Node -> the geometry of the tensor that stands for it in an environment.
         whole: Per saved tensor: whether it is that tensor itself.
-        uses: Per node: how many closure ops and dropped saved tensors use it.
+        uses: Per node: how many closure ops and dropped or narrowed saved tensors use it.
         steps: Per op.
         snapshots: Numbers of packed tensors after which the states of generators are taken.
         draws: The devices of these generators.
@@ -160,7 +160,7 @@ def compile_policy(program: Program, policy: Policy) -> CompiledPolicy:
         for n in program.ops[op_index].inputs:
             uses[n] += 1
     for index, action in enumerate(actions):
-        if action == RECOMPUTE:
+        if action != SAVE:
             uses[program.saved[index].value.node] += 1
     if returned is not None:
         all_ops.update(returned.closure)
@@ -265,7 +265,7 @@ class Restorer:
                 run_ops(compiled, closure, env, uses, self._states)
                 self._done.update(closure)
             for leaf, _ in leaves:
-                if leaf != node:
+                if leaf != node and not (leaf in compiled.narrowed and uses[leaf] > 0):
                     env.pop(leaf, None)
         value = self.take(index)
         assert value is not None

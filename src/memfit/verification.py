@@ -46,6 +46,8 @@ def _difference(call: Call, frame: Frame, output: Any) -> str:
         if index in compiled.reads_link:
             found += given
         value = restorer.restore(index, found)
+        for node in compiled.narrowed:
+            restorer.env.pop(node, None)  # a wide copy that a backward would keep for what reads it next
         saved = call.handles[index].tensor
         assert saved is not None
         if not same_bits(value, saved):
