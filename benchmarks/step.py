@@ -49,7 +49,7 @@ def measure_row(
             try:
                 peer = closing.open(Worker(case, row, device=args.device))
                 budget = max(step["peak_bytes"] for step in peer.steps(args.warmup)[1:])
-                peer.ask("release")
+                peer.make_room()
                 workers.append(peer)
             except WorkerError as error:
                 return {**result, "peer": {"error": str(error)}}
@@ -59,13 +59,13 @@ def measure_row(
             try:
                 memfit = closing.open(Worker(case, "memfit", device=args.device, budget=budget))
                 warm = memfit.steps(args.warmup)
-                memfit.ask("release")
+                memfit.make_room()
                 workers.append(memfit)
             except WorkerError as error:
                 result["memfit"] = {"error": str(error)}
                 memfit = None
         try:
-            tracks = interleave(workers, repetitions=args.repetitions, steps=args.steps)
+            tracks = interleave(workers, repetitions=args.repetitions, steps=args.steps, untimed=1)
         except WorkerError as error:
             return {**result, "error": str(error)}
         base = tracks[0]
@@ -124,7 +124,7 @@ def measure_shape(case: str, args: argparse.Namespace) -> dict[str, Any]:
     with Worker(case, "plain", device=args.device) as plain:
         peak = max(step["peak_bytes"] for step in plain.steps(args.warmup)[1:])
         saved = plain.ask("saved")["saved_bytes"]
-        plain.ask("release")
+        plain.make_room()
         for row in args.peers:
             print(f"{case}: {row}", file=sys.stderr, flush=True)
             rows.append(measure_row(case, row, plain, plain_peak_bytes=peak, saved_bytes=saved, args=args))

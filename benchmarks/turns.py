@@ -42,6 +42,7 @@ class Worker:
         allocator: bool = True,
     ) -> None:
         self.name = peer
+        self._device = device
         config = {"case": case, "peer": peer, "device": device, "budget": budget, "policy": policy}
         env = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
         if allocator and device == "cpu" and (library := host.find_allocator()):
@@ -99,6 +100,14 @@ class Worker:
         """Take several steps."""
         return [self.ask("step") for _ in range(count)]
 
+    def make_room(self) -> None:
+        """Hand back what the allocator holds and nobody uses, where others need it: on a GPU.
+
+        Not on CPU: no training does that, and under a budget it takes a heap several steps to find its order again.
+        """
+        if self._device != "cpu":
+            self.ask("release")
+
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         # Memfit resets the kernel's high-water mark for its own measurements, also within a step. So it is read from
@@ -150,8 +159,12 @@ class Track:
         """Add one repetition."""
         self.seconds.append(statistics.fmean(step["seconds"] for step in steps))
         self.cpu_seconds.append(statistics.fmean(step["cpu_seconds"] for step in steps))
-        self.peak_bytes = max(self.peak_bytes, *(step["peak_bytes"] for step in steps))
         self.losses += [step["loss"] for step in steps]
+        self.see(steps)
+
+    def see(self, steps: Sequence[dict[str, Any]]) -> None:
+        """Of steps that are not timed, the peak counts all the same."""
+        self.peak_bytes = max(self.peak_bytes, *(step["peak_bytes"] for step in steps))
 
     def ratio(self, base: Track) -> float:
         """Median over the repetitions of this step time over the base's."""
@@ -162,9 +175,12 @@ class Track:
         return statistics.median(a / b for a, b in zip(self.cpu_seconds, base.cpu_seconds, strict=True))
 
 
-def interleave(workers: Sequence[Worker], *, repetitions: int, steps: int) -> list[Track]:
-    """Let the workers step in turn, the order reversed in every other repetition."""
+def interleave(workers: Sequence[Worker], *, repetitions: int, steps: int, untimed: int = 0) -> list[Track]:
+    """Let the workers step in turn, the order reversed in every other repetition; before that ``untimed`` steps each."""
     tracks = [Track() for _ in workers]
+    if untimed:
+        for worker, track in zip(workers, tracks, strict=True):
+            track.see(worker.steps(untimed))
     for repetition in range(repetitions):
         pairs = list(zip(workers, tracks, strict=True))
         for worker, track in pairs if repetition % 2 == 0 else reversed(pairs):
