@@ -176,7 +176,7 @@ class Track:
 
 
 def interleave(workers: Sequence[Worker], *, repetitions: int, steps: int, untimed: int = 0) -> list[Track]:
-    """Let the workers step in turn, the order reversed in every other repetition; before that ``untimed`` steps each."""
+    """Let the workers step in turn, the order reversed in every other repetition; first ``untimed`` steps each."""
     tracks = [Track() for _ in workers]
     if untimed:
         for worker, track in zip(workers, tracks, strict=True):
