@@ -117,7 +117,6 @@ class Frame:
         "parameters",
         "resets",
         "restorer",
-        "same_flags",
         "samples",
         "sharded",
         "states",
@@ -142,7 +141,6 @@ class Frame:
         self.holders: Holders | None = None
         self.flags: tuple[Any, ...] = ()
         self.sharded = False
-        self.same_flags = True
         self.listener: Callable[[], None] | None = None
         self.defer: Callable[[RecomputeError], bool] | None = None
         self.demote: Callable[[int, float], None] | None = None
@@ -193,34 +191,39 @@ class Frame:
         env = restorer.env
         leaves = [(node, self._checked(node, tensor, version, env)) for node, tensor, version in handle.leaves]
         self._add_parameters(self.compiled.parameters[handle.index], leaves)
-        if self.same_flags:
+        if restorer.same_flags:
             return restorer.restore(handle.index, leaves)
         with set_numeric_flags(self.flags):
             return restorer.restore(handle.index, leaves)
 
     def _kept(self, handle: Handle) -> torch.Tensor:
         tensor = kept(handle)
-        action = self.compiled.actions[handle.index]
-        saved = self.compiled.program.saved[handle.index]
-        node = saved.value.node
-        custom = self.compiled.program.nodes[node].custom
-        if action != NARROW:
-            return tensor.clone() if custom else tensor  # a custom Function may overwrite what it saved (rule 7)
-        if custom or self.compiled.uses[node] == 1:
-            wide = widen(tensor, saved.value.dtype, self.compiled.narrowed[node])
-            return view_of(wide, saved.value, self.compiled.bases[node])
+        compiled = self.compiled
+        node = compiled.program.saved[handle.index].value.node
+        if compiled.actions[handle.index] == NARROW:
+            return self._widened(handle.index, node, tensor)
+        if compiled.program.nodes[node].custom:
+            return tensor.clone()  # a custom Function may overwrite what it saved (rule 7)
+        return tensor
+
+    def _widened(self, index: int, node: int, tensor: torch.Tensor) -> torch.Tensor:
+        """A narrowed saved tensor as it was; where something else reads it in this pass, both get the same one."""
+        compiled = self.compiled
+        value = compiled.program.saved[index].value
+        if compiled.program.nodes[node].custom or compiled.uses[node] == 1:
+            return view_of(widen(tensor, value.dtype, compiled.narrowed[node]), value, compiled.bases[node])
         restorer = self._restorer()
-        value = restorer.take(handle.index)
-        if value is None:
-            restorer.env[node] = widen(tensor, saved.value.dtype, self.compiled.narrowed[node])
-            value = restorer.take(handle.index)
-            assert value is not None
-        return value
+        found = restorer.take(index)
+        if found is None:
+            restorer.env[node] = widen(tensor, value.dtype, compiled.narrowed[node])
+            found = restorer.take(index)
+            assert found is not None
+        return found
 
     def _begin(self, task: int) -> Restorer:
         """The first value to be brought back in this backward pass; outside one nothing is kept."""
-        self.same_flags = self.flags == passes.flags(task)
         restorer = Restorer(self.compiled, self.states)
+        restorer.same_flags = self.flags == passes.flags(task)
         if task != -1:
             self.task, self.restorer = task, restorer
             passes.add(task, self)

@@ -200,9 +200,13 @@ class Restorer:
     """Runs the closures of one frame during one backward pass.
 
     Not thread-safe by itself: the frame holds its lock around `restore`.
+
+    Attributes:
+        env: What is there, by node.
+        same_flags: Whether the pass runs under the numeric flags of the forward.
     """
 
-    __slots__ = ("_bases", "_compiled", "_done", "_given", "_states", "_uses", "_values", "env")
+    __slots__ = ("_bases", "_compiled", "_done", "_given", "_states", "_uses", "_values", "env", "same_flags")
 
     def __init__(self, compiled: CompiledPolicy, states: States | None) -> None:
         """Start a pass.
@@ -219,6 +223,7 @@ class Restorer:
         self._given: set[int] = set()
         self._states = states
         self.env: Environment = {}
+        self.same_flags = True
 
     def take(self, index: int) -> torch.Tensor | None:
         """The saved tensor ``index`` if nothing has to run for it, else ``None``."""
