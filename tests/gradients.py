@@ -75,7 +75,9 @@ def seed(value: int = 1234) -> None:
 def random_state() -> Tensors:
     """States of torch's, NumPy's and Python's generators."""
     _, keys, position, *_ = np.random.get_state()
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
     return {
+        **cuda,
         "torch": torch.get_rng_state(),
         "numpy": torch.tensor([*map(int, keys), position]),
         "python": torch.tensor(random.getstate()[1]),

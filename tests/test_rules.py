@@ -42,6 +42,7 @@ from faults import (
     at,
     attempt,
     data,
+    hold,
     judge,
     train,
 )
@@ -51,8 +52,10 @@ from memfit import (
     blocks,
     calls,
     canary,
+    entries,
     frames,
     graph,
+    hooks,
     ops,
     parking,
     plans,
@@ -61,10 +64,12 @@ from memfit import (
     signature,
     steps,
     storages,
+    streams,
 )
+from memfit import handle as handles
 from memfit.calls import Call
 from memfit.costs import profile_program
-from memfit.entries import ProgramState
+from memfit.entries import Entry, ProgramState, remember
 from memfit.frames import Frame
 from memfit.hooks import PostHook, PreHook, RootHook
 from memfit.modes import Modes
@@ -903,8 +908,8 @@ def adopt_any(self: Runtime, block: Any, wanted: Any) -> Any:
     for other in self.blocks:
         entry = other.entries.get(wanted)
         if entry is not None and other is not block:
-            adopted = runtime.Entry(entry.state)
-            self._remember(block, wanted, adopted)
+            adopted = Entry(entry.state)
+            remember(wanted, adopted, block=block, blocks=self.blocks, states=self.states)
             return adopted
     return None
 
@@ -942,10 +947,10 @@ def test_rule_10_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
             return max(len(block.entries) for block in held.blocks), len(held.states), len(handle._planning.programs)
 
     assert programs() == (7, 14, 14), "of each length, one program for the first block and one for the others"
-    monkeypatch.setattr(runtime, "MAX_PROGRAMS_PER_BLOCK", 3)
-    monkeypatch.setattr(runtime, "MAX_PROGRAMS", 8)
-    entries, states, profiles = programs()
-    assert entries == 3
+    monkeypatch.setattr(entries, "MAX_PROGRAMS_PER_BLOCK", 3)
+    monkeypatch.setattr(entries, "MAX_PROGRAMS", 8)
+    known, states, profiles = programs()
+    assert known == 3
     assert states <= 8
     assert profiles <= 8
 
@@ -1447,6 +1452,158 @@ def replica(module: nn.Module, scale: float) -> Any:
     for name, child in module.named_children():
         copied._modules[name] = replica(child, scale)
     return copied
+
+
+MAIN, SIDE = 7, 8
+"""Streams that are not there: on the CPU there is one, and nobody asks."""
+
+
+class Streamed(nn.Module):
+    """Computes what it adds on a stream, and tells the box where what that stream saved is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH) for _ in range(2))
+        self.stream = SIDE
+        self.of_all = False  # the whole block is called on it
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, BOX["stream"] = BOX["stream"], self.stream
+        y = (x @ self.up).sigmoid()  # saved by the sigmoid, and by what reads it on the other stream
+        BOX["saved"].append(StorageWeakRef(y.untyped_storage()))
+        if not self.of_all:
+            BOX["stream"] = before
+        return x + (y * y) @ self.down
+
+
+def no_streams(patch: pytest.MonkeyPatch) -> None:
+    """Rule 16: where something computes does not matter."""
+    patch.setattr(streams.Stream, "look", lambda self: None)
+    patch.setattr(streams.Stream, "is_same", lambda self, other: True)
+
+
+@pytest.fixture
+def two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor is on a device with streams; the one that works go to is in the box."""
+    BOX["stream"] = MAIN
+    monkeypatch.setattr(streams, "of", lambda tensors, home: streams.Stream(0))
+    monkeypatch.setattr(streams, "here", lambda home: streams.Stream(0))
+    monkeypatch.setattr(streams, "_current", lambda index: (BOX["stream"], index, 1))
+
+
+def streamed(model: Any, choose: Callable[[Any, int], object], *, start: Callable[[int], int]) -> Scenario:
+    """Train with blocks on streams; what they saved is there until the backward, as it is under plain autograd."""
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        stack = Stack(model)
+
+        def between(_: Any, i: int) -> None:
+            BOX["stream"], BOX["saved"] = start(i), []
+            for number, block in enumerate(stack.blocks):
+                choose(block, 10 * i + number)
+
+        def inside(_: Any, i: int) -> None:
+            seen[f"{i} alive"] = torch.tensor([not saved.expired() for saved in BOX["saved"]])
+
+        train(stack, fit, seen, steps=8, between=between, inside=inside, must_drop=False)
+
+    return scenario
+
+
+@pytest.mark.usefixtures("two_streams")
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("step", [0, 6])
+def test_rule_16_streams_in_a_block(step: int, fallback: bool) -> None:
+    """One stream may be given memory that another still reads, where a block uses both: at once, or one day."""
+
+    class Aside(Streamed):
+        def forward(self, x: Tensor) -> Tensor:
+            if fallback and x.sum().item() > 1e9:
+                return x
+            return super().forward(x)
+
+    def choose(block: Any, number: int) -> None:
+        block.stream = SIDE if number // 10 >= step else MAIN
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        streamed(Aside, choose, start=lambda i: MAIN)(fit, seen)
+        for i in range(step):  # until then they are dropped, and may be
+            seen.pop(f"{i} alive")
+
+    broken = matters(scenario, no_streams)
+    assert broken.summary is not None
+    assert {row["mode"] for row in broken.summary["blocks"]} == ({"fallback"} if fallback else {"replay"})
+    outcome = attempt(scenario, FITS["full"])
+    assert outcome.summary is not None
+    assert "stepped aside: blocks run on several CUDA streams" in outcome.summary["notes"]
+
+
+@pytest.mark.usefixtures("two_streams")
+@pytest.mark.parametrize("aside", [{1}, {0, 1, 2}])
+def test_rule_16_streams_between_blocks(aside: set[int]) -> None:
+    """What one block returns, a block on another stream may read when it is gone, or the model outside its blocks."""
+
+    def choose(block: Any, number: int) -> None:
+        block.of_all, block.stream = True, SIDE if number % 10 in aside else MAIN
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        streamed(Switched, choose, start=lambda i: MAIN)(fit, seen)
+        if 0 not in aside:
+            seen.pop("0 alive")  # of the step in which it shows, what came before is gone
+
+    matters(scenario, no_streams)
+
+
+class Switched(Streamed):
+    """The model, not the block, chooses the stream; here, before Memfit looks."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        BOX["stream"] = self.stream
+        return super().__call__(x)
+
+
+@pytest.mark.usefixtures("two_streams")
+def test_rule_16_another_stream_in_every_step() -> None:
+    """A step is on one stream, whichever: nothing is in the way."""
+
+    def choose(block: Any, number: int) -> None:
+        block.of_all, block.stream = True, MAIN + number // 10
+
+    def scenario(fit: Fit, seen: Tensors) -> None:
+        streamed(Switched, choose, start=lambda i: MAIN + i)(fit, seen)
+        for i in range(8):
+            seen.pop(f"{i} alive")
+
+    for outcome in hold(scenario).values():
+        assert outcome.summary is not None
+        assert outcome.summary["recomputed_bytes"] > 0
+        assert not outcome.summary["notes"]
+
+
+def test_rule_16_captured_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph captures is replayed without Python: blocks are left alone, and no step begins."""
+    block = Block()
+    argument = types.SimpleNamespace(layout=torch.strided, is_nested=False, is_cuda=True)
+    assert runtime.why_aside(block, block, [argument]) == ""  # type: ignore[list-item]
+    model = Stack()
+    handle = memfit.fit(model, policy="full")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with monkeypatch.context() as patch:
+        for module in (streams, hooks, handles):
+            patch.setattr(module, "capturing", lambda: True)
+        assert runtime.why_aside(block, block, [argument]) == "a CUDA graph is captured"  # type: ignore[list-item]
+        patch.setattr(runtime, "why_aside", lambda *_: "a CUDA graph is captured")
+        model(data(0).requires_grad_()).backward()
+        optimizer.step()
+    assert handle.summary()["steps"] == 0
+    assert handle.summary()["blocks"] == []
+    assert "stepped aside: a CUDA graph is captured" in handle.summary()["notes"]
+    assert handle.runtime.steps == 0
+    for i in range(2):
+        model(data(i).requires_grad_()).backward()
+        optimizer.step()
+    assert handle.summary()["recomputed_bytes"] > 0
+    handle.remove()
 
 
 def test_rule_16_replicas() -> None:

@@ -24,6 +24,7 @@ from memfit.quantized import PLAIN_TYPES
 from memfit.replay import CompiledPolicy, States, generator_of
 from memfit.sharding import local, place_of
 from memfit.storages import is_small
+from memfit.streams import Stream
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
@@ -66,6 +67,7 @@ class Call:
         "signature",
         "started",
         "states",
+        "stream",
         "tensors",
         "tie",
         "upstream",
@@ -90,6 +92,7 @@ class Call:
         self.started = 0.0
         self.hooked: Any = None
         self.states: States | None = None
+        self.stream: Stream | None = None
         self.rng: dict[torch.device, torch.Tensor] | None = None
         self.versions: list[int] = []
         self.owner: FrameType | None = None

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from memfit.blocks import Block
     from memfit.runtime import Runtime
 
+MAX_PROGRAMS_PER_BLOCK = 128
+MAX_PROGRAMS = 512
+
 
 class ProgramState:
     """A program, its compiled policies, and what has been learnt about it since."""
@@ -152,6 +155,27 @@ def state_of(states: dict[str, ProgramState], program: Program) -> ProgramState:
     if known is None or [n.device for n in known.program.nodes] != [n.device for n in program.nodes]:
         known = states[program.key] = ProgramState(program)
     return known
+
+
+def remember(
+    signature: Any, entry: Entry, *, block: Block, blocks: Iterable[Block], states: dict[str, ProgramState]
+) -> None:
+    """A block knows the recording of a signature now; of too many (batches of ever new lengths) the oldest goes.
+
+    Args:
+        signature: Of a call.
+        entry: Its recording.
+        block: Whose.
+        blocks: Of the model.
+        states: Programs of the model; of too many go those that no block remembers.
+    """
+    if len(block.entries) >= MAX_PROGRAMS_PER_BLOCK:
+        block.entries.pop(next(iter(block.entries)))
+    block.entries[signature] = entry
+    if len(states) > MAX_PROGRAMS:
+        used = {e.state.key for b in blocks for e in b.entries.values()}
+        for key in states.keys() - used:
+            del states[key]
 
 
 def recorded_alike(block: Block, blocks: Iterable[Block], signature: Any) -> Entry | None:

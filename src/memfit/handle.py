@@ -43,6 +43,7 @@ from memfit.request import Request
 from memfit.runtime import Runtime
 from memfit.sharding import class_name
 from memfit.slack import Slack
+from memfit.streams import capturing
 from memfit.summaries import block_rows, describe, notes_of, unplanned_row
 from memfit.training import TrainingState
 from memfit.utilization import Utilization
@@ -325,7 +326,8 @@ class Handle(Part):
             self._modes.leave()
         elif torch.is_grad_enabled() and module.training:
             self._modes.enter()
-            self.runtime.begin_if_new()
+            if not capturing():
+                self.runtime.begin_if_new()
         else:
             self._modes.leave()  # a KeyboardInterrupt ended the last forward
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from memfit import flops
+from memfit.streams import capturing
 
 if TYPE_CHECKING:
     from memfit.blocks import Block
@@ -152,7 +153,7 @@ class OptimizerHook(_Hook):
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         handle = self.handle()
-        if handle is not None:
+        if handle is not None and not capturing():
             handle.optimizer_event(optimizer, before=self._before)
 
 
@@ -165,7 +166,7 @@ class CountHook(_Hook):
         if torch.compiler.is_compiling():
             return
         handle = self.handle()
-        if handle is not None:
+        if handle is not None and not capturing():
             failed = output is None and sys.exc_info()[0] is not None
             handle.count_event(module, args, kwargs, before=self._before, failed=failed)
 

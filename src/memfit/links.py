@@ -3,8 +3,8 @@
 What call j-1 returned is offered to the next call. If the very tensor, at the version that it was returned with, enters
 call j as an argument (design, rule 15), j may drop it: its handles then hold what the recipe of that output reads, and
 so on through j-1's own dropped input. They hold it as they hold the leaves of their own recipes, so memory is freed
-with the autograd graph. On any break between the two (another object, ``h += 1``, a call that kept everything, another
-stream) j keeps its input.
+with the autograd graph. On any break between the two (another object, ``h += 1``, a call that kept everything) j keeps
+its input. Both are on one device and one stream: a `Runtime` has no calls elsewhere.
 
 Bringing an input back runs one call's recipe after another, from the first that starts at something kept. Nothing that
 is made on the way stays, so what that needs is the most that any one of them needs; the input itself is cached in j's
@@ -163,7 +163,7 @@ def run_output(frame: Frame, env: Environment, value: Value) -> torch.Tensor:
 class Offer:
     """What one call returned, until the next begins. Holds what recipes read no longer than an output lives."""
 
-    __slots__ = ("__weakref__", "bits", "calls", "cells", "frame", "index", "outputs", "program", "source", "stream")
+    __slots__ = ("__weakref__", "bits", "calls", "cells", "frame", "index", "outputs", "program", "source")
 
     def __init__(self, call: Call, outputs: list[torch.Tensor], calls: list[Call], *, checked: bool) -> None:
         """What ``call`` returned, as one of ``calls``, those of the step; all bits of it if it is to be ``checked``."""
@@ -174,7 +174,6 @@ class Offer:
         self.frame: Any = call.kept_frame if call.upstream is not None else None
         self.cells = call.upstream
         self.source = call.link
-        self.stream = _stream(outputs)
         me = weakref.ref(self)
 
         def withdraw(_: object) -> None:
@@ -195,8 +194,6 @@ class Offer:
                     if any(tensor is other for other in tensors[:argument]):
                         continue
                     found, size = (argument, output), tensor.numel()
-        if found is not None and self.stream is not None and _stream([tensors[found[0]]]) != self.stream:
-            return None
         return found
 
     def is_written(self, output: int, tensor: torch.Tensor) -> bool:
@@ -356,11 +353,3 @@ def _holders(call: Call) -> list[weakref.ref[torch.Tensor]]:
 def _same_version(tensor: torch.Tensor, version: int) -> bool:
     """Rule 15: the same object may have been written since (``h += 1``)."""
     return tensor._version == version
-
-
-def _stream(tensors: list[torch.Tensor]) -> Any:
-    """The stream that tensors are computed on; ``None`` where there is only one."""
-    for tensor in tensors:
-        if tensor.is_cuda:
-            return torch.cuda.current_stream(tensor.device)
-    return None

@@ -14,8 +14,10 @@ from memfit.quantized import PLAIN_TYPES
 if TYPE_CHECKING:
     from memfit.calls import Call
 
+Pack = Callable[[torch.Tensor], Handle]
 
-def park(call: Call) -> Callable[[torch.Tensor], Handle]:
+
+def park(call: Call) -> Pack:
     """The pack hook: a handle for each tensor, nothing more."""
     handles = call.handles
     recorder = call.recorder
@@ -41,11 +43,10 @@ def park(call: Call) -> Callable[[torch.Tensor], Handle]:
         call.snapshot(len(handles))
         return handle
 
-    chosen = pack if recorder is None else pack_recorded
-    return by_reference(chosen, call.block.partitioned) if call.block.partitioned else chosen
+    return _watched(pack if recorder is None else pack_recorded, call)
 
 
-def park_and_snapshot(call: Call) -> Callable[[torch.Tensor], Handle]:
+def park_and_snapshot(call: Call) -> Pack:
     """`park`, taking the generators' states where recipes need them."""
     handles = call.handles
     assert call.compiled is not None
@@ -58,4 +59,19 @@ def park_and_snapshot(call: Call) -> Callable[[torch.Tensor], Handle]:
             call.snapshot(len(handles))
         return handle
 
-    return by_reference(pack, call.block.partitioned) if call.block.partitioned else pack
+    return _watched(pack, call)
+
+
+def _watched(pack: Pack, call: Call) -> Pack:
+    """A pack hook that also minds what the call's surroundings ask for."""
+    if call.block.partitioned:
+        pack = by_reference(pack, call.block.partitioned)
+    if call.stream is None:
+        return pack
+    look = call.stream.look
+
+    def look_and_pack(tensor: torch.Tensor) -> Handle:
+        look()
+        return pack(tensor)
+
+    return look_and_pack

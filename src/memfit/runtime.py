@@ -22,7 +22,7 @@ from memfit import checkpoints, graph
 from memfit.blocks import UNSTEADY, Block
 from memfit.calls import Call
 from memfit.canary import Turns
-from memfit.entries import Entry, ProgramState, recorded_alike, state_of
+from memfit.entries import Entry, ProgramState, recorded_alike, remember, state_of
 from memfit.errors import RecomputeError
 from memfit.fallback import ReplayOfModule, replaying
 from memfit.frames import Frame, Kept, forget_failed_passes
@@ -37,6 +37,7 @@ from memfit.plans import Policy
 from memfit.programs import Program
 from memfit.replay import CompiledPolicy
 from memfit.signature import numeric_flags, parameter_slots, read_arguments, tensors_in
+from memfit.streams import SEVERAL, Streams
 from memfit.surroundings import why_aside
 from memfit.trace import Recorder
 from memfit.verification import verify
@@ -44,8 +45,6 @@ from memfit.verification import verify
 VERIFIED_CALLS = 3
 GRAPH_CHECKED_CALLS = 8
 GRAPH_CHECK_PERIOD = 16
-MAX_PROGRAMS_PER_BLOCK = 128
-MAX_PROGRAMS = 512  # of a model; beyond it those that no block remembers are forgotten
 MAX_RECORDINGS_IN_A_ROW = 32
 RECORDING_FORWARDS = 5  # what a recording costs, in forwards of the block
 
@@ -80,6 +79,7 @@ class Runtime:
         self._turns = Turns()
         self._local = threading.local()
         self.links = Links(self.note, self._written)
+        self.streams = Streams()
         self.model = weakref.ref(model)
         self._root_hooks = [model.register_forward_pre_hook(RootHook(self))]
         for name, module in blocks:
@@ -154,6 +154,7 @@ class Runtime:
         self.calls = []
         self.backward_seen = False
         self._first_frame = None
+        self.streams.begin(self.home)
         self.generation += 1
         self.steps += 1
 
@@ -186,6 +187,10 @@ class Runtime:
         forget_failed_passes()
         if self.backward_seen or not self.calls:
             self.begin_if_new()
+        stream = self.streams.enter(tensors, self.home)
+        if self.streams.several:
+            self.note(f"aside {SEVERAL}", f"stepped aside: {SEVERAL}")
+            return
         if block.watched != self.generation:
             block.look(self.generation)
         if block.written or block.partitioned:
@@ -194,6 +199,7 @@ class Runtime:
         signature = block.signatures.of(key, fields, tensors, block.module.training, block.own, flags)
         call = Call(block, len(self.calls), tensors, args, kwargs)
         call.flags = flags
+        call.stream = stream
         call.owner = sys._getframe(2)
         self.calls.append(call)
         entry = block.entries.get(signature) or self._adopt(block, signature)
@@ -226,7 +232,10 @@ class Runtime:
             call.keep_all()
             call.settle()
             return
-        if call.recorder is not None:
+        if call.stream is not None and call.stream.left:
+            self.streams.several = True
+            call.keep_all()
+        elif call.recorder is not None:
             self._finish_recording(call, output)
         elif block.mode == "fallback":
             self._fall_back(call)
@@ -249,22 +258,14 @@ class Runtime:
         if found is None:
             return None
         adopted = Entry(found.state)
-        self._remember(block, signature, adopted)
+        remember(signature, adopted, block=block, blocks=self.blocks, states=self.states)
         return adopted
-
-    def _remember(self, block: Block, signature: Any, entry: Entry) -> None:
-        if len(block.entries) >= MAX_PROGRAMS_PER_BLOCK:
-            block.entries.pop(next(iter(block.entries)))
-        block.entries[signature] = entry
-        if len(self.states) > MAX_PROGRAMS:
-            used = {e.state.key for b in self.blocks for e in b.entries.values()}
-            self.states = {key: state for key, state in self.states.items() if key in used}
 
     # Recording
 
     def _start_recording(self, call: Call) -> None:
         call.versions = [t._version for t in call.tensors]
-        call.recorder = Recorder(call.leaves(), owner=call.owner)
+        call.recorder = Recorder(call.leaves(), owner=call.owner, stream=call.stream)
         call.started = time.perf_counter()
         call.open(park(call), random=True)
 
@@ -298,7 +299,7 @@ class Runtime:
         previous = block.entries.get(call.signature)
         entry.recordings = previous.recordings + 1 if previous is not None else 1
         entry.record_after = 2 ** min(entry.recordings, 10) if program.unproven else 0
-        self._remember(block, call.signature, entry)
+        remember(call.signature, entry, block=block, blocks=self.blocks, states=self.states)
         call.entry = entry
         call.compiled = state.compile(self.links.accept(call, state, self.choose, self.calls))
         call.fresh = True

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from memfit import ops
 from memfit.bits import all_equal, fingerprint
-from memfit.programs import MUTATED, UNKNOWN, Leaf, Program, ProgramNode, ProgramOp, Value
+from memfit.programs import MUTATED, UNKNOWN, Leaf, Program, ProgramNode, ProgramOp, Ref, Value
 from memfit.quantized import PLAIN_TYPES, PlainTypes
 from memfit.sharding import local
 
@@ -335,3 +335,14 @@ def geometry(node: int, tensor: torch.Tensor) -> Value:
     """The view of ``node`` that ``tensor`` shows."""
     offset: int = tensor.storage_offset()  # type: ignore[assignment]  # no SymInt here
     return Value(node, tuple(tensor.size()), tuple(tensor.stride()), offset, tensor.dtype)
+
+
+def template_of(structure: Any, reads: dict[int, int]) -> Any:
+    """Arguments of an op with a `Ref` for each tensor; ``reads`` has the nodes of those that it reads, by `id`."""
+    if isinstance(structure, torch.Tensor):
+        return Ref(geometry(reads.get(id(structure), -1), structure))
+    if isinstance(structure, (list, tuple)):
+        return tuple(template_of(item, reads) for item in structure)
+    if isinstance(structure, dict):
+        return {key: template_of(item, reads) for key, item in structure.items()}
+    return structure

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch.autograd import forward_ad
 
-from memfit import checkpoints
+from memfit import checkpoints, streams
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
@@ -26,9 +26,13 @@ def why_aside(block: torch.nn.Module, called: torch.nn.Module, tensors: Iterable
     """
     if called is not block:
         return "a replica of the block runs, with weights of its own"
+    on_cuda = False
     for tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_nested:
             return "sparse or nested tensors"
+        on_cuda = on_cuda or tensor.is_cuda
+    if on_cuda and streams.capturing():
+        return "a CUDA graph is captured"
     if checkpointed := checkpoints.reason():
         return checkpointed
     if _top_hooks(True) is not None:

@@ -28,11 +28,12 @@ from memfit.bits import same_bits
 from memfit.checkpoints import is_inside
 from memfit.costs import Stopwatch, warm_seconds
 from memfit.host import memory_ran_out
-from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, Ref, SavedTensor, seal
+from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, SavedTensor, seal
 from memfit.readers import patch_readers, python_random_state, restore_readers
 from memfit.replay import generator_of
 from memfit.signature import tensors_in
-from memfit.storages import Storages, address_of, covers, geometry
+from memfit.storages import Storages, address_of, covers, geometry, template_of
+from memfit.streams import Stream
 from memfit.tape import Tape
 
 
@@ -42,12 +43,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     make_storages = Storages
     shows_flops = True
 
-    def __init__(self, leaves: list[tuple[Leaf, torch.Tensor]], owner: FrameType | None = None) -> None:
+    def __init__(
+        self,
+        leaves: list[tuple[Leaf, torch.Tensor]],
+        owner: FrameType | None = None,
+        stream: Stream | None = None,
+    ) -> None:
         """Start a recording.
 
         Args:
             leaves: The block's tensor inputs, parameters and buffers.
             owner: The Python frame of the block's call; ops outside it are not recorded (see NOTE [Stale modes]).
+            stream: That the block was called on; it is asked to look at every op that may need a gradient.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.program = Program()
@@ -57,6 +64,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.checkpoints = False  # whether the block calls torch's checkpoint itself
         self.resets: list[torch.Tensor] = []  # what was set to itself, in order
         self._owner = owner
+        self._stream = stream
         self._patches: list[tuple[str, Any]] = []
         self._watches: list[tuple[Stopwatch, int]] = []  # of ops on CUDA
         self._packed_at_last_draw = 0
@@ -117,6 +125,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self.is_stale():
             return func(*args, **kwargs)
+        if self._stream is not None and torch.is_grad_enabled():
+            self._stream.look()  # FSDP gathers weights on streams of its own, without gradients
         if ops.changes_nothing(func, args):
             self.resets.append(args[0])
             return func(*args, **kwargs)
@@ -184,7 +194,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         state = self._generator_state(device) if drawn else None
         versions = [] if allowed else [t._version for t in tensors]
         inplace = bool(written) and not hidden
-        template, template_kwargs = _template(args, reads), _template(kwargs, reads)
+        template, template_kwargs = template_of(args, reads), template_of(kwargs, reads)
         before = None
         if allowed and inplace and len(written) == 1:
             before = None if overwrites else self._nodes.copy(written[0])
@@ -376,17 +386,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         program.graph = graph
         seal(program)
         return program
-
-
-def _template(structure: Any, reads: dict[int, int]) -> Any:
-    if isinstance(structure, torch.Tensor):
-        node = reads.get(id(structure), -1)
-        return Ref(geometry(node, structure))
-    if isinstance(structure, (list, tuple)):
-        return tuple(_template(item, reads) for item in structure)
-    if isinstance(structure, dict):
-        return {key: _template(item, reads) for key, item in structure.items()}
-    return structure
 
 
 def _outputs(result: Any) -> list[tuple[int | None, torch.Tensor]]:
