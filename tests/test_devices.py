@@ -244,6 +244,24 @@ def test_an_allocators_error_is_explained_for_its_device(library: Path) -> None:
 
 # What needs no device
 
+
+def test_no_device_is_waited_for_until_the_backward_ends(library: Path) -> None:
+    """Samples and hashes of what comes back are compared at the end of a backward, and the error is raised there."""
+    found = seen(library, "canary")
+    assert found["recomputed"] > 0
+    assert found["steps"] == [["tolist", "tolist"]] * 4, "once for each device"
+    assert any("The recomputed value is not what the forward saved" in error for error in found["errors"])
+    assert found["errors"][-1] == ""
+    assert found["same"]
+
+
+def test_a_wrong_value_is_found_before_an_optimizer_steps_in_a_backward(library: Path) -> None:
+    found = seen(library, "canary_before_optimizers")
+    assert found["raised"]
+    assert found["again"]
+    assert not [name for name in found["moved"] if name.startswith(("blocks.0", "blocks.1", "blocks.2"))]
+
+
 CUDA = [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 

@@ -1,9 +1,13 @@
-"""The canary: compare a few elements of every recomputed value with what the forward saved (design, rule 4)."""
+"""The canary: compare a few elements of every recomputed value with what the forward saved (design, rule 4).
+
+On the CPU that is done at once. On a device nothing is asked for an answer, which would wait for all work that it has
+been given: what was sampled is compared at the end of the backward pass, all of it together.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +18,9 @@ from memfit.programs import Value
 NUM_SAMPLES = 24
 FEW_ULP = 4.0
 SMALL_BYTES = 4096
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""What a value shows now, and what it showed in the forward."""
 
 _WORDS: dict[int, Any] = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -63,14 +70,6 @@ class DeviceProbe:
         """The ``turn``-th sample, spread over the tensor's memory."""
         return take(tensor, self._step, turn % self._room)
 
-    def same(self, tensor: torch.Tensor, sample: torch.Tensor, turn: int) -> bool:
-        """Whether ``tensor`` shows the same sample."""
-        return same(tensor, sample, self._step, turn % self._room)
-
-    def distance(self, tensor: torch.Tensor, sample: torch.Tensor, turn: int) -> float:
-        """Units in the last place between a tensor and its sample."""
-        return distance(tensor, sample, self._step, turn % self._room)
-
 
 class Probes:
     """Where the canary samples the saved tensors that a policy drops."""
@@ -114,16 +113,59 @@ class Samples:
                 rows = torch.stack([probes.device[i].view(tensors[i], turn) for i in group])
                 self._taken.update(zip(group, rows.unbind(0), strict=True))
 
-    def differs(self, index: int, value: torch.Tensor) -> float | None:
-        """Units in the last place by which a recomputed value differs where it was sampled, or ``None``."""
+    def compare(self, index: int, value: torch.Tensor) -> float | Pair | None:
+        """Look at a recomputed value where it was sampled.
+
+        Returns:
+            On the CPU the units in the last place by which it differs, or ``None``; on a device both samples.
+        """
         probe = self._probes.host.get(index)
         if probe is not None:
             now, then = probe.take(value, self._turn), self._taken[index]
             return None if now == then else probe.distance(now, then)
         there = self._probes.device.get(index)
-        if there is None or there.same(value, self._taken[index], self._turn):
-            return None
-        return there.distance(value, self._taken[index], self._turn)
+        return None if there is None else (there.view(value, self._turn).clone(), self._taken[index])
+
+
+class Doubts:
+    """Pairs of what should be the same bits, on devices, until somebody wants to know."""
+
+    __slots__ = ("_pairs", "_streams")
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor, Callable[[float], None]]] = []
+        self._streams: dict[int, torch.cuda.Stream] = {}
+
+    def add(self, pair: Pair, judge: Callable[[float], None]) -> None:
+        """One more; ``judge`` will be called with the distance in units in the last place, if the two differ."""
+        self._pairs.append((*pair, judge))
+        if pair[0].is_cuda and (index := pair[0].get_device()) not in self._streams:
+            self._streams[index] = torch.cuda.current_stream(index)  # of the whole pass, see `memfit.streams`
+
+    def settle(self) -> None:
+        """Compare all, waiting once for each device. What a judge raises is raised."""
+        for index, stream in self._streams.items():
+            torch.cuda.current_stream(index).wait_stream(stream)
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for place, (now, *_) in enumerate(self._pairs):
+            groups.setdefault((now.device, now.dtype, now.shape), []).append(place)
+        flags: dict[torch.device, list[torch.Tensor]] = {}
+        places: dict[torch.device, list[int]] = {}
+        for (device, *_), members in groups.items():
+            now = as_integers(torch.stack([self._pairs[place][0] for place in members]))
+            then = as_integers(torch.stack([self._pairs[place][1] for place in members]))
+            flags.setdefault(device, []).append((now != then).unsqueeze(-1).flatten(1).any(1))
+            places.setdefault(device, []).extend(members)
+        wrong = [
+            place
+            for device, found in flags.items()
+            for place, differs in zip(places[device], torch.cat(found).tolist(), strict=True)
+            if differs
+        ]
+        for place in sorted(wrong):
+            now, then, judge = self._pairs[place]
+            judge(max_ulp(now, then))
 
 
 def pattern(value: Value) -> tuple[int, int]:
@@ -154,19 +196,6 @@ def _dense_run(value: Value) -> int:
 def take(tensor: torch.Tensor, step: int, offset: int) -> torch.Tensor:
     """The sample, as a view."""
     return tensor.as_strided((NUM_SAMPLES,), (step,), tensor.storage_offset() + offset)
-
-
-def same(value: torch.Tensor, sample: torch.Tensor, step: int, offset: int) -> bool:
-    """Whether ``value`` shows the same sample at that step and offset."""
-    now = value.as_strided((NUM_SAMPLES,), (step,), value.storage_offset() + offset)
-    if torch.equal(now, sample):
-        return True
-    return torch.equal(as_integers(now.clone()), as_integers(sample))  # NaN equals NaN
-
-
-def distance(value: torch.Tensor, sample: torch.Tensor, step: int, offset: int) -> float:
-    """Units in the last place between a value and its sample."""
-    return max_ulp(take(value, step, offset).clone(), sample)
 
 
 def all_bits(value: torch.Tensor) -> torch.Tensor:

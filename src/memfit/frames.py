@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,10 @@ import torch
 from memfit import canary
 from memfit.errors import ChangedTensorError, RecomputeError
 from memfit.narrowing import widen
+from memfit.passes import passes
 from memfit.replay import NARROW, CompiledPolicy, Restorer, States
 from memfit.sharding import place_of
-from memfit.signature import numeric_flags, set_numeric_flags
+from memfit.signature import set_numeric_flags
 from memfit.steps import Environment, view_of
 
 if TYPE_CHECKING:
@@ -282,25 +284,26 @@ class Frame:
 
     def _check(self, handle: Handle, value: torch.Tensor) -> None:
         """The canary of rule 4."""
-        if self.samples is not None:
-            ulp = self.samples.differs(handle.index, value)
-            if ulp is not None:
-                self._differs(handle, ulp)
-                return
-        if self.hashes is not None:
-            expected = self.hashes.get(handle.index)
-            if expected is not None and not canary.same_bits(value, expected):
-                self._differs(handle, float("nan"))
+        seen = self.samples.compare(handle.index, value) if self.samples is not None else None
+        expected = self.hashes.get(handle.index) if self.hashes is not None else None
+        if seen is None and expected is None:
+            return
+        judge = partial(self._differs, handle.index, (self, *linked_frames(handle.link)))
+        if isinstance(seen, float):
+            judge(seen)
+            return
+        if seen is not None:
+            passes.doubt(seen, judge)
+        if expected is not None:
+            passes.doubt((canary.all_bits(value), expected), judge)
 
-    def _differs(self, handle: Handle, ulp: float) -> None:
-        index = handle.index
+    def _differs(self, index: int, involved: tuple[Frame, ...], ulp: float) -> None:
         program = self.compiled.program
         value = program.saved[index].value
         recipe = " -> ".join(str(program.ops[i].func).removeprefix("aten.") for i in self.compiled.closures[index])
         if ulp <= canary.FEW_ULP and self.demote is not None:
             self.demote(value.node, ulp)
             return
-        involved = [self, *linked_frames(handle.link)]
         for frame in involved:
             if frame.distrust is not None:
                 frame.distrust()
@@ -326,56 +329,3 @@ def linked_frames(link: Upstream | None) -> list[Frame]:
         found.append(link.frame)
         link = link.source
     return found
-
-
-class _Passes:
-    """Which frames cached values in which backward pass; cleared by a callback at its end."""
-
-    def __init__(self) -> None:
-        self._frames: dict[int, list[Frame | ReplayOfModule]] = {}
-        self._lock = threading.Lock()
-        self._flags: tuple[int, tuple[Any, ...]] = (-1, ())
-
-    def flags(self, task: int) -> tuple[Any, ...]:
-        """The numeric flags under which a pass runs, read once."""
-        known, flags = self._flags
-        if known != task or task == -1:
-            flags = numeric_flags()
-            self._flags = (task, flags)
-        return flags
-
-    def add(self, task: int, frame: Frame | ReplayOfModule) -> None:
-        with self._lock:
-            frames = self._frames.get(task)
-            if frames is not None:
-                frames.append(frame)
-                return
-            stale = [t for t in self._frames if t < task - 64]  # their backward raised: no callback ran
-            for t in stale:
-                for old in self._frames.pop(t):
-                    old.end()
-            self._frames[task] = [frame]
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self.finish(task))
-
-    def finish(self, task: int) -> None:
-        with self._lock:
-            frames = self._frames.pop(task, [])
-        for frame in frames:
-            frame.end()
-
-    def clear(self) -> None:
-        """Forget the caches of backward passes that never ended."""
-        with self._lock:
-            failed, self._frames = self._frames, {}
-        for frames in failed.values():
-            for frame in frames:
-                frame.end()
-
-
-passes = _Passes()
-
-
-def forget_failed_passes() -> None:
-    """Free what recipes cached in a backward that raised; called when the next forward begins."""
-    if passes._frames and torch._C._current_graph_task_id() == -1:
-        passes.clear()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from memfit import flops
+from memfit.passes import passes
 from memfit.streams import capturing
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ class OptimizerHook(_Hook):
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         handle = self.handle()
         if handle is not None and not capturing():
+            if self._before:
+                passes.settle()
             handle.optimizer_event(optimizer, before=self._before)
 
 

@@ -25,7 +25,7 @@ from memfit.canary import Turns
 from memfit.entries import Entry, ProgramState, recorded_alike, remember, state_of
 from memfit.errors import RecomputeError
 from memfit.fallback import ReplayOfModule, replaying
-from memfit.frames import Frame, Kept, forget_failed_passes
+from memfit.frames import Frame, Kept
 from memfit.holders import Holders
 from memfit.hooks import BackwardHook, Listener, PostHook, PreHook, RootHook
 from memfit.inputs import Inputs
@@ -33,6 +33,7 @@ from memfit.keeper import Keeper
 from memfit.links import Links
 from memfit.parking import park, park_and_snapshot
 from memfit.partitioned import WHOLE, only_reads
+from memfit.passes import forget_failed_passes
 from memfit.plans import Policy
 from memfit.programs import Program
 from memfit.replay import CompiledPolicy

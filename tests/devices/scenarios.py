@@ -410,6 +410,77 @@ def memory_ran_out() -> list[bool]:
     return [bool(part.exhaustion.story) for part in handle.parts]
 
 
+FACTOR = [1.0]
+
+
+class Hidden(Half):
+    """Scales by what only its values show."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.detach().new_full((), FACTOR[0])
+        return super().forward(x) + torch.tanh(x.to(scale.device) * scale).to(self.out.weight.device)
+
+
+def canary() -> dict:
+    """How often a backward waits for a device, and what comes of a value that is another one."""
+    model = chain([Hidden(device) for device in (FIRST, FIRST, SECOND, SECOND)])
+    handle = memfit.fit(model, policy="full")
+    train(model)
+    asked = []
+    waits = {"equal": (torch, torch.equal)}
+    waits |= {name: (torch.Tensor, getattr(torch.Tensor, name)) for name in ("item", "tolist", "__bool__", "cpu")}
+    for name, (owner, function) in waits.items():
+
+        def counting(*args, _function=function, _name=name):
+            if torch._C._current_graph_task_id() != -1:
+                asked.append(_name)
+            return _function(*args)
+
+        setattr(owner, name, counting)
+    steps, errors = [], []
+    for batch in batches(4):
+        loss = model(**batch).loss
+        asked.clear()
+        loss.backward()
+        steps.append(list(asked))
+    recomputed = handle.summary()["recomputed_bytes"]
+    FACTOR[0] = 1.5
+    for batch in batches(8):
+        loss = model(**batch).loss
+        try:
+            loss.backward()
+            errors.append("")
+        except memfit.RecomputeError as error:
+            errors.append(str(error))
+    again = compared(lambda: chain([Hidden(device) for device in (FIRST, SECOND)]), policy="full")["same"]
+    return {"steps": steps, "recomputed": recomputed, "errors": errors, "same": again}
+
+
+def canary_before_optimizers() -> dict:
+    """Weights that have moved when a wrong value is found, where each is stepped as soon as its gradient is there."""
+    model = chain([Hidden(FIRST) for _ in range(4)])
+    memfit.fit(model, policy="full")
+    train(model)
+    moved = []
+    for name, parameter in model.named_parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+
+        def step(_, name=name, optimizer=optimizer):
+            optimizer.step()
+            moved.append(name)
+
+        parameter.register_post_accumulate_grad_hook(step)
+    FACTOR[0] = 1.5
+    raised = False
+    try:
+        model(**batches(1)[0]).loss.backward()
+    except memfit.RecomputeError:
+        raised = True
+    before = list(moved)
+    model(**batches(1)[0]).loss.backward()
+    return {"raised": raised, "moved": before, "again": len(moved) - len(before) == len(list(model.parameters()))}
+
+
 if __name__ == "__main__":
     load(sys.argv[1])
     print(json.dumps(globals()[sys.argv[2]]()))
