@@ -893,7 +893,7 @@ def test_weights_swapped_for_evaluation() -> None:
     hold(lambda fit, seen: train(Stack(), fit, seen, inside=inside))
 
 
-@pytest.mark.parametrize("change", ["threads", "default dtype", "deterministic", "precision"])
+@pytest.mark.parametrize("change", ["threads", "default dtype", "deterministic", "precision", "backends", "matmul"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_global_switches(change: str, inside: bool) -> None:
     """Switches of the process that decide which kernel runs."""
@@ -910,6 +910,14 @@ def test_global_switches(change: str, inside: bool) -> None:
         "precision": (
             lambda: torch.set_float32_matmul_precision("medium"),
             lambda: torch.set_float32_matmul_precision("highest"),
+        ),
+        "backends": (
+            lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+            lambda: setattr(torch.backends, "fp32_precision", "none"),
+        ),
+        "matmul": (
+            lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+            lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "none"),
         ),
     }
     on, off = switches[change]

@@ -136,14 +136,25 @@ def test_large_tensors_are_mapped_unless_steps_stay_far_from_the_budget(monkeypa
     assert not mapped.on
 
 
-def test_on_cuda_nothing_is_handed_back(monkeypatch: pytest.MonkeyPatch):
+def test_on_cuda_nothing_is_handed_back_in_a_step(monkeypatch: pytest.MonkeyPatch):
     process, heap = Process(device="cuda:0"), Limited()
     kept = keep(process, monkeypatch, heap)
-    process.hold(900, 900)
+    process.hold(100, 900)
     kept.begin(LIMITS)
+    process.hold(900, 900)
     kept.reach(AFTER)
     assert process.free == 900
     assert heap.size is None
+
+
+def test_on_cuda_what_an_evaluation_has_left_goes_back_before_a_step(monkeypatch: pytest.MonkeyPatch):
+    process = Process(device="cuda:0")
+    kept = keep(process, monkeypatch)
+    process.hold(100, 901)
+    kept.begin(Limits())
+    assert process.free == 901, "a step that no plan knows"
+    kept.begin(LIMITS)
+    assert process.free == 0
 
 
 def test_the_peak_of_a_step_is_the_highest_of_its_parts(monkeypatch: pytest.MonkeyPatch):

@@ -337,6 +337,81 @@ def test_rule_02_verified_op_by_op() -> None:
         matters(scenario, no_op_verification, backstops=[allow("tuned"), no_verified_calls, no_canary])
 
 
+def test_rule_02_what_is_left_unwritten_proves_nothing() -> None:
+    """A kernel that fills one result and leaves the other as the memory was, as attention leaves its seeds."""
+
+    def leaving(x: Tensor) -> tuple[Tensor, Tensor]:
+        BOX["runs"] += 1
+        return x.sigmoid(), torch.tensor([BOX["runs"], 1])
+
+    with custom_op("leaving(Tensor x) -> (Tensor, Tensor)", leaving) as op:
+
+        class Attention(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                out, seed = op(x)
+                ctx.save_for_backward(out, seed)
+                return out
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> Tensor:
+                out, seed = ctx.saved_tensors
+                return gradient * out * (1 - out) * seed[1]
+
+        class Attending(Block):
+            def forward(self, x: Tensor) -> Tensor:
+                h = Attention.apply(self.norm(x))
+                return super().forward(x) + h * op(x.detach())[0]
+
+        def scenario(fit: Fit, seen: Tensors) -> None:
+            BOX.update(runs=0)
+            train(Stack(Attending), fit, seen)
+
+        def closed(patch: pytest.MonkeyPatch) -> Outcome:
+            allow("leaving")(patch)
+            outcome = attempt(scenario, FITS["full"])
+            judge(outcome, attempt(scenario, None), refusal=False)
+            return outcome
+
+        def recomputed(outcome: Outcome) -> int:
+            assert outcome.summary is not None
+            return outcome.summary["recomputed_bytes"]
+
+        with pytest.MonkeyPatch.context() as patch:
+            kept = recomputed(closed(patch))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(ops._UNWRITTEN, "memfit_rules::leaving", ((), (1,)))
+            assert recomputed(closed(patch)) > kept
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_rule_02_recordings_that_disagree(fails: int) -> None:
+    """What gave the same bits in one block's recording by luck, and others in the next block's, no recipe runs."""
+    count = [0]
+    verify = Recorder._verify
+
+    def unsteady(self: Recorder, op: Any, func: Any, *args: Any) -> bool | None:
+        found = verify(self, op, func, *args)
+        if ops.base_name(func) != "silu":
+            return found
+        count[0] += 1
+        return found and count[0] - 1 != fails
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "_verify", unsteady)
+        model = Stack()
+        with memfit.fit(model, policy="full") as handle:
+            for i in range(3):
+                model(data(i).requires_grad_()).backward()
+            _, middle, last = ([e.state for e in block.entries.values()] for block in handle.runtime.blocks)
+    (state,) = last
+    assert middle == last
+    assert count[0] == 3
+    (silu,) = [op for op in state.program.ops if ops.base_name(op.func) == "silu"]
+    assert not silu.recomputable
+    assert not any(state.program.nodes[n].recomputable for _, n in silu.outputs)
+
+
 def test_rule_02_verified_again() -> None:
     """What only changes from step to step is noticed by verifying the next steps."""
     matters(changing(Hidden, step=1), no_verified_calls, backstops=[no_canary])
@@ -549,6 +624,25 @@ def test_rule_05_allow_list() -> None:
                 return op(x)
 
         matters(changing(Custom, inside=True), allow("scaled"), backstops=[no_canary])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rule_05_convolutions_that_choose_a_kernel(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN tries its kernels out in each thread, and a recipe runs in another one than the forward."""
+    func = torch.ops.aten.convolution.default
+    x, weight = torch.ones(1, 2, 5, 5), torch.ones(2, 2, 3, 3)
+    args = (x, weight, None, [1, 1], [0, 0], [1, 1], transposed, [0, 0], 1)
+
+    def allowed(device: str) -> bool:
+        return ops.is_recomputable(func, args, {}, device)
+
+    assert allowed("cpu")
+    assert allowed("cuda") is not transposed
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    assert allowed("cpu")
+    assert not allowed("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    assert allowed("cuda")
 
 
 def test_rule_05_running_statistics() -> None:

@@ -102,4 +102,4 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
 
 def _weighted(sums: torch.Tensor) -> torch.Tensor:
     weights = torch.arange(1, sums.numel() + 1, dtype=torch.int64, device=sums.device)
-    return (sums * (weights * 2654435761 + 40503)).sum()
+    return weights.mul_(2654435761).add_(40503).mul_(sums).sum()

@@ -10,7 +10,7 @@ from memfit.costs import nodes_of
 from memfit.errors import MemfitError
 from memfit.plans import Policy
 from memfit.profiles import Node
-from memfit.programs import Leaf, Program, ProgramNode
+from memfit.programs import UNEQUAL, Leaf, Program, ProgramNode
 from memfit.replay import CompiledPolicy, compile_policy
 from memfit.shapes import Shape, shape_of
 
@@ -118,6 +118,7 @@ class ProgramState:
         self.members += 1
         if program is self.program:
             return
+        self._believe_less(program)
         if program.unproven < self.program.unproven:
             program.forward_seconds = min(self.program.forward_seconds, program.forward_seconds)
             self.program = program  # the same ops, of which more have proved themselves
@@ -127,6 +128,16 @@ class ProgramState:
         for mine, other in zip(self.program.ops, program.ops, strict=True):
             mine.seconds = min(mine.seconds, other.seconds)
         self.program.forward_seconds = min(self.program.forward_seconds, program.forward_seconds)
+
+    def _believe_less(self, program: Program) -> None:
+        """What gave other bits in one of two recordings is kept: no recipe runs it."""
+        for mine, other in zip(self.program.ops, program.ops, strict=True):
+            for one, of in ((mine, self.program), (other, program)):
+                if one.recomputable and UNEQUAL in (mine.reason, other.reason):
+                    one.recomputable, one.reason = False, UNEQUAL
+                    for _, number in one.outputs:
+                        of.nodes[number].recomputable, of.nodes[number].reason = False, UNEQUAL
+                    self.version += 1
 
 
 class Entry:

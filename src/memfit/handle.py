@@ -210,7 +210,7 @@ class Handle(Part):
         if fitted is None or index not in fitted.forward_bytes:
             return False
         predicted, twice = fitted.forward_bytes[index]
-        return predicted + twice <= self._budget - self._slack.bytes and self._meter.now() + twice <= self._budget
+        return predicted + twice <= self._budget - self._slack.bytes and self._meter.allocated() + twice <= self._budget
 
     # Steps
 

@@ -23,7 +23,9 @@ NO_LIMITS = Limits()
 
 
 class Keeper:
-    """Of the process, on behalf of one fitted model. On CUDA it only reads: that allocator joins what it frees.
+    """Of the process, on behalf of one fitted model.
+
+    On CUDA memory goes back only before a step, if more than the budget is held: that allocator joins what it frees.
 
     Attributes:
         highest: What was held at most since `restart`, as far as `observe` has read it.
@@ -47,6 +49,8 @@ class Keeper:
     def begin(self, limits: Limits) -> None:
         """A step begins under these."""
         self.limits = limits
+        if self._meter is not None and not self._keeps and limits.budget and self._meter.now() > limits.budget:
+            self._meter.release()  # what an evaluation has taken, say
         if self._heap is None:
             if limits.budget:
                 self._map(bool(limits.growths))

@@ -65,7 +65,16 @@ _CONSTANT = frozenset(
     "zeros zeros_like ones ones_like full full_like new_zeros new_ones new_full scalar_tensor fill_ zero_ fill".split()
 )
 _OVERWRITING = frozenset("bernoulli_ normal_ uniform_ exponential_ random_ copy_ fill_ zero_".split())
+_CONVOLUTIONS = {"convolution", "_convolution"}
 _DROPOUT_ATTENTION = "_scaled_dot_product", "_flash_attention_forward", "_efficient_attention_forward"
+_UNWRITTEN = {
+    "_scaled_dot_product_flash_attention": ((6,), (7,)),
+    "_scaled_dot_product_efficient_attention": ((2, 3), ()),
+    "_scaled_dot_product_cudnn_attention": ((6, 7), ()),
+    "_flash_attention_forward": ((2,), (3,)),
+    "_efficient_attention_forward": ((2, 3), ()),
+}
+"""Outputs that kernels leave as the memory was: without dropout (seeds and offsets of the generator), and always."""
 _BATCH_NORMS = {"native_batch_norm": (3, 4), "_native_batch_norm_legit": (3, 4)}
 _HIDDEN_WRITERS = _BATCH_NORMS | {"cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
 
@@ -105,6 +114,12 @@ def is_random(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, obje
     return True
 
 
+def unwritten(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int, ...]:
+    """Positions of the results that this call may leave as the memory was: a second run shows something else there."""
+    seeds, never = _UNWRITTEN.get(base_name(func), ((), ()))
+    return never if is_random(func, args, kwargs) else (*seeds, *never)
+
+
 def is_recomputable(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object], device: str) -> bool:
     """Whether a recipe may run this call on ``device`` (a device type), if it also proves itself when recorded."""
     name = base_name(func)
@@ -122,9 +137,18 @@ def is_recomputable(func: OpOverload, args: tuple[object, ...], kwargs: dict[str
         return not any(isinstance(a, torch.Tensor) and a.dtype in (torch.bool, torch.uint8) for a in _flat(args[1:]))
     if name in _SCAN_NAMES or name.removesuffix("_") in _SCAN_NAMES:
         return device == "cpu"
+    if name in _CONVOLUTIONS and device == "cuda":
+        return _repeats(transposed=bool(args[6]))
     if name in _PURE:
         return True
     return name.endswith("_") and name.removesuffix("_") in _PURE
+
+
+def _repeats(*, transposed: bool) -> bool:
+    """Whether cuDNN's convolutions give the same bits in autograd's threads, each of which tries kernels out itself."""
+    chosen = not torch.backends.cudnn.benchmark
+    fixed = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    return fixed or (chosen and not transposed)  # a transposed one is a backward, and may add in any order
 
 
 def crosses_devices(tensors: Iterable[torch.Tensor], kwargs: dict[str, Any]) -> bool:

@@ -95,11 +95,12 @@ class Profiler:
         meter.reset_peak()
 
     def _settled(self) -> int:
-        self._meter.release()
-        return self._meter.now() if self._meter.device.type == "cpu" else self._meter.allocated()
+        if self._meter.device.type == "cpu":
+            self._meter.release()  # elsewhere what is free does not count
+        return self._meter.allocated()
 
     def _peak(self) -> int:
-        return self._meter.peak() if self._meter.device.type == "cpu" else self._meter.allocated_peak()
+        return self._meter.allocated_peak()
 
     def block_entered(self, call: Call) -> None:
         """A block's forward begins."""

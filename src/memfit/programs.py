@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 
 LeafKind = Literal["input", "parameter", "buffer"]
 
+UNEQUAL = "a second run gave other bits"
 UNKNOWN = "a tensor of unknown origin"
 _DOWNSTREAM = "reads a value that cannot come back: "
 MUTATED = "the block writes it in place"
@@ -117,6 +118,7 @@ class ProgramOp:
         target: For an in-place op: the value it writes, a view of the version before.
         target_at: Its position among the arguments.
         overwrites: An in-place op that reads nothing of its target.
+        unwritten: Positions of results that it may leave as the memory was: they prove nothing, and are kept.
         random: It draws from the default generator of its device.
         snapshot: For a random op: the generator's state is taken when this many tensors have been packed.
         recomputable: Verified, and on the allow-list.
@@ -131,6 +133,7 @@ class ProgramOp:
     target: Value | None = None
     target_at: int = 0
     overwrites: bool = False
+    unwritten: tuple[int, ...] = ()
     random: bool = False
     snapshot: int | None = None
     recomputable: bool = False

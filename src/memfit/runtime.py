@@ -74,8 +74,7 @@ class Runtime:
         self.generation = 0
         self.steps = 0  # begun so far
         self.notes: dict[str, str] = {}
-        self.recorded = 0
-        self.record_seconds = 0.0
+        self.recorded, self.record_seconds = 0, 0.0
         self._num_calls = self._step_recordings = 0  # block calls of the last step, recordings of this one
         self._turns = Turns()
         self._local = threading.local()
@@ -281,7 +280,8 @@ class Runtime:
         for node in graph.custom_nodes(outputs, inputs):
             custom |= set() if only_reads(node) else call.packed_by(node)
         program = recorder.finish(outputs, graph.fingerprint(outputs, inputs), custom)
-        program.forward_seconds = max(started - call.started - program.record_seconds, 1e-9)
+        elapsed = max(started - call.started - program.record_seconds, 1e-9)
+        program.forward_seconds = program.forward_seconds or elapsed  # on CUDA that of the ops: nobody waits for them
         checkpoints.report(self.note, block.name, program.graph, seen=recorder.checkpoints)
         self.recorded += 1
         self.record_seconds += time.perf_counter() - call.started

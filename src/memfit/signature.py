@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from enum import Enum
+from functools import partial
 from numbers import Number
 from types import SimpleNamespace
 from typing import Any
@@ -138,13 +139,18 @@ def _collect(structure: Any, tensors: list[torch.Tensor]) -> None:
 _KNOWN_CALLS = 4
 """Of each block: query and passage, chosen and rejected."""
 
-_GETTERS = (
+_PRECISIONS = tuple((backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn"))
+"""What `torch.backends.fp32_precision` and its kin come to. The older getters (`get_float32_matmul_precision`) raise
+where somebody has used the newer setters, as transformers does for ``tf32=True``; these know of both."""
+
+_GETTERS: tuple[Callable[[], Any], ...] = (
     torch.get_num_threads,
     torch.get_default_dtype,
     torch._C._get_deterministic_algorithms,
-    torch._C._get_float32_matmul_precision,
-    torch._C._get_cudnn_allow_tf32,
     torch._C._get_mkldnn_enabled,
+    torch._C._get_cudnn_benchmark,
+    torch._C._get_cudnn_deterministic,
+    *(partial(torch._C._get_fp32_precision_getter, *place) for place in _PRECISIONS),
 )
 
 
@@ -175,21 +181,18 @@ def _set_deterministic(on: bool) -> None:
     torch.use_deterministic_algorithms(on, warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
 
 
-def _set_tf32(on: bool) -> None:
-    torch.backends.cudnn.allow_tf32 = on
-
-
 def _set_mkldnn(on: bool) -> None:
     torch.backends.mkldnn.enabled = on  # type: ignore[assignment]  # a property of the module object
 
 
-_SETTERS: tuple[Callable[[Any], None], ...] = (
+_SETTERS: tuple[Callable[[Any], object], ...] = (
     torch.set_num_threads,
     torch.set_default_dtype,
     _set_deterministic,
-    torch.set_float32_matmul_precision,
-    _set_tf32,
     _set_mkldnn,
+    torch._C._set_cudnn_benchmark,
+    torch._C._set_cudnn_deterministic,
+    *(partial(torch._C._set_fp32_precision_setter, *place) for place in _PRECISIONS),
 )
 
 

@@ -88,8 +88,8 @@ class Storages:
                 value=geometry(len(program.nodes), tensor),
                 device=tensor.device,
                 producer=index,
-                recomputable=op.recomputable,
-                reason=op.reason,
+                recomputable=op.recomputable and position not in op.unwritten,
+                reason=op.reason or ("may be left unwritten" if position in op.unwritten else ""),
             )
             if ops.is_constant(func) and tensor.numel() <= 1 and not op.inputs:
                 node.recomputable = op.recomputable = True
@@ -346,3 +346,12 @@ def template_of(structure: Any, reads: dict[int, int]) -> Any:
     if isinstance(structure, dict):
         return {key: template_of(item, reads) for key, item in structure.items()}
     return structure
+
+
+def results_of(result: Any) -> list[tuple[int | None, torch.Tensor]]:
+    """The tensors that an op returned, each with its position; ``None`` where it is the result itself."""
+    if isinstance(result, torch.Tensor):
+        return [(None, result)]
+    if isinstance(result, (tuple, list)):
+        return [(i, t) for i, t in enumerate(result) if isinstance(t, torch.Tensor)]
+    return []

@@ -28,11 +28,11 @@ from memfit.bits import same_bits
 from memfit.checkpoints import is_inside
 from memfit.costs import Stopwatch, warm_seconds
 from memfit.host import memory_ran_out
-from memfit.programs import UNKNOWN, Leaf, Program, ProgramOp, SavedTensor, seal
+from memfit.programs import UNEQUAL, UNKNOWN, Leaf, Program, ProgramOp, SavedTensor, seal
 from memfit.readers import patch_readers, python_random_state, restore_readers
 from memfit.replay import generator_of
 from memfit.signature import tensors_in
-from memfit.storages import Storages, address_of, covers, geometry, template_of
+from memfit.storages import Storages, address_of, covers, geometry, results_of, template_of
 from memfit.streams import Stream
 from memfit.tape import Tape
 
@@ -201,7 +201,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         program.record_seconds += time.perf_counter() - started
 
         tape_args, tape_kwargs = self._tape.references(args), self._tape.references(kwargs)
+        watch = Stopwatch(device) if device.type == "cuda" and not allowed else None
         out = func(*args, **kwargs)
+        if watch is not None:
+            watch.stop()
 
         started = time.perf_counter()
         if (counter := flops.current()) is not None:
@@ -211,14 +214,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             written += [
                 t for t, v in zip(tensors, versions, strict=True) if t._version != v and id(t) not in written_ids
             ]
-        results = _outputs(out)
+        results = results_of(out)
         if not written and all(self._nodes.is_known(t) for _, t in results) and not drawn:
             self._nodes.forbid_odd_views(results)
             return out  # a view, or an op that returned what it got
         inputs = tuple(dict.fromkeys(reads.values()))
-        op = ProgramOp(func, template, template_kwargs, inputs, [], random=drawn)
+        unwritten = ops.unwritten(func, args, kwargs)
+        op = ProgramOp(func, template, template_kwargs, inputs, [], unwritten=unwritten, random=drawn)
         index = len(program.ops)
         program.ops.append(op)
+        if watch is not None:
+            self._watches.append((watch, index))
         op.recomputable, op.reason = self._may_recompute(func, op, allowed, written, hidden, site)
         if drawn:
             self._mark_random(index, op, state, device)
@@ -233,7 +239,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if op.recomputable:
             verified = self._verify(op, func, args, kwargs, out, before, written, state, device, overwrites)
             if not verified:
-                op.recomputable, op.reason = False, "a second run gave other bits"
+                op.recomputable, op.reason = False, UNEQUAL
         self._nodes.new_nodes(index, op, func, results, written, hidden)
         if verified is None:  # another recording may have room
             for _, node in op.outputs:
@@ -329,12 +335,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return False
         if target is not None:
             return same_bits(target, written[0])
-        first, second = [t for _, t in _outputs(out)], [t for _, t in _outputs(again)]
+        first, second = ([t for i, t in results_of(each) if i not in op.unwritten] for each in (out, again))
         if len(first) != len(second) or not all(same_bits(a, b) for a, b in zip(first, second, strict=True)):
             return False
         del again, second  # the memory that this run has touched serves the next
         if not op.random and device.type == "cpu":
             op.seconds = warm_seconds(op.seconds, lambda: again_func(*again_args, **again_kwargs))
+        elif not op.random and watch is not None:
+            watch.again(lambda: again_func(*again_args, **again_kwargs))
         return True
 
     def _generator_state(self, device: torch.device) -> torch.Tensor | None:
@@ -371,6 +379,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         program = self.program
         for watch, index in self._watches:
             program.ops[index].seconds = watch.seconds
+            program.forward_seconds += watch.seconds
         if not program.foreign:
             self._nodes.look_after_kernels()
             for tensor in outputs:
@@ -386,11 +395,3 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         program.graph = graph
         seal(program)
         return program
-
-
-def _outputs(result: Any) -> list[tuple[int | None, torch.Tensor]]:
-    if isinstance(result, torch.Tensor):
-        return [(None, result)]
-    if isinstance(result, (tuple, list)):
-        return [(i, t) for i, t in enumerate(result) if isinstance(t, torch.Tensor)]
-    return []

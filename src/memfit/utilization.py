@@ -187,7 +187,7 @@ def _ideal_seconds(counts: Iterable[Count | None], entry: Hardware) -> float:
 
 
 def _rate(entry: Hardware, dtype: torch.dtype) -> float:
-    if dtype is torch.float32 and entry.backend == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+    if dtype is torch.float32 and entry.backend == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return entry.matmul_flops_per_second.get("tf32", entry.flops_per_second("fp32"))
     return entry.flops_per_second(str(dtype))
 
