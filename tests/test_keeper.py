@@ -169,6 +169,20 @@ def test_the_peak_of_a_step_is_the_highest_of_its_parts(monkeypatch: pytest.Monk
     assert kept.observe() == 600
 
 
+def test_what_follows_the_optimizer_is_no_part_of_the_step(monkeypatch: pytest.MonkeyPatch):
+    process = Process()
+    kept = keep(process, monkeypatch)
+    process.hold(500, 0)
+    kept.close(final=False)
+    process.hold(600, 0)
+    kept.close(final=True)
+    assert kept.highest == 600
+    process.hold(900, 0)
+    assert kept.observe() == 600
+    kept.restart()
+    assert kept.observe() == 900
+
+
 def test_without_a_meter_nothing_is_read():
     kept = Keeper()
     kept.begin(LIMITS)

@@ -1024,3 +1024,18 @@ def test_frozen_blocks_under_a_head_have_a_plan() -> None:
         found = handle.summary()
     assert found["measured_peak_bytes"] is not None
     assert [row["saved_bytes"] for row in found["blocks"]] == [0, 0, 0]
+
+
+def test_an_evaluation_is_no_part_of_the_peak() -> None:
+    """What is held between an optimizer's step and the next forward is not the step's."""
+    torch.manual_seed(0)
+    model = Stack(count=3)
+    with memfit.fit(model, budget="min") as handle:
+        for i in range(4):
+            step(model, i)
+        before = handle.summary()["measured_peak_bytes"]
+        with torch.no_grad():
+            torch.ones(512 * 2**20, dtype=torch.uint8)
+        for i in range(2):
+            step(model, i)
+        assert handle.summary()["measured_peak_bytes"] < before + 256 * 2**20

@@ -317,7 +317,7 @@ class Handle(Part):
         if self._profiler is not None:
             self._profiler.optimizer_stepped(self.training.state_bytes())
         elif self._peak_open:
-            self.runtime.keeper.observe()  # somebody else may begin a new peak before we do
+            self.runtime.keeper.close(final=torch._C._current_graph_task_id() == -1)
         self.runtime.generation += 1
 
     def forward_event(self, module: torch.nn.Module, *, before: bool) -> None:

@@ -29,6 +29,7 @@ class Keeper:
 
     Attributes:
         highest: What was held at most since `restart`, as far as `observe` has read it.
+        closed: Whether the step's peak is known: its optimizer has stepped.
         limits: In force.
     """
 
@@ -39,6 +40,7 @@ class Keeper:
         self._heap = heap() if self._keeps else None
         self._mappings = mappings() if self._keeps else None
         self.highest = 0
+        self.closed = False
         self.limits = NO_LIMITS
 
     @property
@@ -82,13 +84,19 @@ class Keeper:
         """A step is over: its peak no longer counts."""
         if self._meter is not None:
             self._meter.reset_peak()
-        self.highest = 0
+        self.highest, self.closed = 0, False
 
     def observe(self) -> int:
         """Read the highest that was held in this step so far, should somebody else forget it; returns it."""
-        if self._meter is not None:
+        if self._meter is not None and not self.closed:
             self.highest = max(self.highest, self._meter.peak())
         return self.highest
+
+    def close(self, *, final: bool) -> None:
+        """An optimizer has stepped; if ``final``, what follows is no part of the step, such as an evaluation."""
+        self.closed = False  # of two optimizers the second one's step counts too
+        self.observe()
+        self.closed = final
 
     def _map(self, on: bool) -> None:
         if self._mappings is None:

@@ -7,10 +7,10 @@ from memfit.host import allocator
 
 MAX_CORRECTIONS = 4
 SHARE = {"tcmalloc": 0.04, "jemalloc": 0.08, "glibc": 0.1}
-"""Of what a step moves; on CUDA too, for segments that the caching allocator fills in part and cannot join."""
+"""Of what a step moves; a few percent on CUDA too, for blocks that the caching allocator cannot join."""
 LIMITED_SHARE, LEAST_SHARE = 0.02, 0.01
 """Where the heap itself keeps a limit: of what a step moves; and of the budget, at the price of page faults."""
-CUDA_SHARE = 0.1
+CUDA_SHARE = 0.05
 FLOOR = 16 * 2**20
 """For what a step takes beside tensors: scratch of libraries, caches of threads, the rest of a page."""
 SETTLED_STEPS = 3
