@@ -519,6 +519,37 @@ def test_rule_04_hash_of_all_bits() -> None:
     assert differences(broken.seen, attempt(scenario, None).seen)
 
 
+def test_rule_04_doubts_are_settled_together() -> None:
+    """Of many pairs, of several kinds, those that differ are told, each judge once: few ulp are not made an error."""
+    one = torch.linspace(1, 2, 24)
+    close, far = one.clone(), one.clone()
+    close[5] = close[5].nextafter(torch.tensor(9.0))
+    far[7] = 5.0
+    nan = one.clone().fill_(float("nan"))
+    told: list[tuple[str, float]] = []
+
+    def judge(name: str) -> Callable[[float], None]:
+        return lambda ulp: told.append((name, ulp))
+
+    doubts = canary.Doubts()
+    for name, now in (("same", one.clone()), ("close", close), ("far", far)):
+        own = judge(name)
+        doubts.add((now, one), own)
+        doubts.add((canary.all_bits(now), canary.all_bits(one)), own)
+    doubts.add((nan.clone(), nan), judge("nan"))
+    doubts.add((torch.tensor(True), torch.tensor(True)), judge("scalar"))
+    doubts.add((torch.empty(0), torch.empty(0)), judge("empty"))
+    doubts.add((one.bfloat16(), one.bfloat16()), judge("half"))
+    hashed = judge("hashed")
+    doubts.add((one.clone(), one), hashed)
+    doubts.add((canary.all_bits(far), canary.all_bits(one)), hashed)
+    doubts.settle()
+    assert [name for name, _ in told] == ["close", "far", "hashed"]
+    assert told[0][1] == 1
+    assert told[1][1] > canary.FEW_ULP
+    assert told[2][1] == float("inf")
+
+
 def test_rule_04_every_call_has_its_turn() -> None:
     """Whatever number of forwards a step has, and however many blocks share a program."""
     turns = canary.Turns()

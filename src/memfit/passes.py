@@ -62,7 +62,7 @@ class _Passes:
         if task == -1 or pair[0].device.type == "cpu":
             doubts = Doubts()
             doubts.add(pair, judge)
-            doubts.settle()
+            _settle(doubts)
             return
         with self._lock:
             self._doubts.setdefault(task, Doubts()).add(pair, judge)
@@ -72,8 +72,7 @@ class _Passes:
         if self._doubts:
             with self._lock:
                 doubts = self._doubts.pop(torch._C._current_graph_task_id(), None)
-            if doubts is not None:
-                doubts.settle()
+            _settle(doubts)
 
     def finish(self, task: int) -> None:
         """A pass has reached its end."""
@@ -82,8 +81,7 @@ class _Passes:
             doubts = self._doubts.pop(task, None)
         for frame in frames:
             frame.end()
-        if doubts is not None:
-            doubts.settle()
+        _settle(doubts)
 
     def clear(self) -> None:
         """Forget what was cached for passes that never ended."""
@@ -93,6 +91,12 @@ class _Passes:
         for frames in failed.values():
             for frame in frames:
                 frame.end()
+
+
+def _settle(doubts: Doubts | None) -> None:
+    if doubts is not None:
+        with torch._C._DisableTorchDispatch():  # what Memfit does is nobody's business
+            doubts.settle()
 
 
 passes = _Passes()
