@@ -201,7 +201,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         program.record_seconds += time.perf_counter() - started
 
         tape_args, tape_kwargs = self._tape.references(args), self._tape.references(kwargs)
-        watch = Stopwatch(device) if device.type == "cuda" and not allowed else None
+        watch = None if allowed else self._watch(device)
         out = func(*args, **kwargs)
         if watch is not None:
             watch.stop()
@@ -316,7 +316,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             after = generator.get_state()
             generator.set_state(state)
         started = time.perf_counter()
-        watch = Stopwatch(device) if device.type == "cuda" else None
+        watch = self._watch(device)
         try:
             again = again_func(*again_args, **again_kwargs)
         except Exception as error:
@@ -344,6 +344,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif not op.random and watch is not None:
             watch.again(lambda: again_func(*again_args, **again_kwargs))
         return True
+
+    def _watch(self, device: torch.device) -> Stopwatch | None:
+        return Stopwatch(device) if device.type == "cuda" else None
 
     def _generator_state(self, device: torch.device) -> torch.Tensor | None:
         return generator_of(device).get_state()

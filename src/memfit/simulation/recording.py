@@ -70,6 +70,9 @@ class FakeRecorder(Recorder):  # type: ignore[no-untyped-call]
         TorchDispatchMode.__exit__(self, *exc)  # type: ignore[no-untyped-call]
         self.leaves = []
 
+    def _watch(self, device: torch.device) -> None:
+        return None  # nothing runs
+
     def _generator_state(self, device: torch.device) -> torch.Tensor | None:
         return None  # nothing is drawn
 
