@@ -272,9 +272,7 @@ class Call:
         frame.inputs = inputs
         dropped: dict[int, torch.Tensor] = {i: handles[i].tensor for i in compiled.dropped}  # type: ignore[misc]  # parked
         turn = self._turn(self.entry.calls if self.entry is not None else 0)
-        frame.samples = canary.Samples(compiled.probes, dropped, turn)
-        if hashed:
-            frame.hashes = {i: canary.all_bits(tensor) for i, tensor in dropped.items()}
+        frame.samples = canary.Samples(compiled.probes, dropped, turn, hashed=hashed)
         dropped.clear()
         narrow: dict[int, torch.Tensor] = {}
         for index in compiled.narrow:
@@ -362,9 +360,8 @@ class Call:
             dropped[handle.index] = held
             handle.frame = frame
             handle.tensor = None
-        frame.samples = canary.Samples(canary.probes_of(dropped), dropped, self._turn(self.block.reruns))
-        if hashed:
-            frame.hashes = {i: canary.all_bits(tensor) for i, tensor in dropped.items()}
+        turn = self._turn(self.block.reruns)
+        frame.samples = canary.Samples(canary.probes_of(dropped), dropped, turn, hashed=hashed)
         self.block.reruns += 1
         self.kept_frame = frame
         self.mode = "fallback"

@@ -98,10 +98,11 @@ def probes_of(tensors: dict[int, torch.Tensor]) -> Probes:
 class Samples:
     """What the saved tensors of one call looked like where the canary looks."""
 
-    __slots__ = ("_probes", "_taken", "_turn")
+    __slots__ = ("_hashes", "_probes", "_taken", "_turn")
 
-    def __init__(self, probes: Probes, tensors: dict[int, torch.Tensor], turn: int) -> None:
-        """Take them from ``tensors``, by index; ``turn`` says where."""
+    def __init__(self, probes: Probes, tensors: dict[int, torch.Tensor], turn: int, *, hashed: bool) -> None:
+        """Take them from ``tensors``, by index; ``turn`` says where. If ``hashed``, all bits of each too."""
+        self._hashes = {i: all_bits(tensor) for i, tensor in tensors.items()} if hashed else {}
         self._probes = probes
         self._turn = turn
         self._taken: dict[int, Any] = {i: probe.take(tensors[i], turn) for i, probe in probes.host.items()}
@@ -113,18 +114,24 @@ class Samples:
                 rows = torch.stack([probes.device[i].view(tensors[i], turn) for i in group])
                 self._taken.update(zip(group, rows.unbind(0), strict=True))
 
-    def compare(self, index: int, value: torch.Tensor) -> float | Pair | None:
+    def compare(self, index: int, value: torch.Tensor) -> float | list[Pair] | None:
         """Look at a recomputed value where it was sampled.
 
         Returns:
-            On the CPU the units in the last place by which it differs, or ``None``; on a device both samples.
+            Units in the last place by which a sample on the CPU differs, or what has still to be compared, if anything.
         """
+        pairs: list[Pair] = []
         probe = self._probes.host.get(index)
         if probe is not None:
             now, then = probe.take(value, self._turn), self._taken[index]
-            return None if now == then else probe.distance(now, then)
-        there = self._probes.device.get(index)
-        return None if there is None else (there.view(value, self._turn).clone(), self._taken[index])
+            if now != then:
+                return probe.distance(now, then)
+        elif (there := self._probes.device.get(index)) is not None:
+            pairs.append((there.view(value, self._turn).clone(), self._taken[index]))
+        expected = self._hashes.get(index)
+        if expected is not None:
+            pairs.append((all_bits(value), expected))
+        return pairs or None
 
 
 class Doubts:

@@ -43,7 +43,6 @@ class ReplayOfModule:
         "distrust",
         "flags",
         "foreign",
-        "hashes",
         "inputs",
         "kwargs",
         "listener",
@@ -70,7 +69,6 @@ class ReplayOfModule:
         self.lock = threading.RLock()
         self.metas: list[tuple[Any, ...]] = []
         self.samples: canary.Samples | None = None
-        self.hashes: dict[int, torch.Tensor] = {}
         self.distrust: Callable[[str], None] | None = None
         self.states: dict[torch.device, torch.Tensor] = {}
         self.autocast: list[tuple[str, torch.dtype | None, bool]] = []
@@ -131,15 +129,8 @@ class ReplayOfModule:
         """The canary of rule 4."""
         value = local(value)
         seen = self.samples.compare(index, value) if self.samples is not None else None
-        expected = self.hashes.get(index)
-        judge = partial(self._differs, f"saved tensor {index} {list(value.shape)}")
-        if isinstance(seen, float):
-            judge(seen)
-            return
         if seen is not None:
-            passes.doubt(seen, judge)
-        if expected is not None:
-            passes.doubt((canary.all_bits(value), expected), judge)
+            passes.judge(seen, partial(self._differs, f"saved tensor {index} {list(value.shape)}"))
 
     def _differs(self, which: str, ulp: float) -> None:
         if ulp <= canary.FEW_ULP and not self.foreign:

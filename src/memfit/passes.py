@@ -43,29 +43,32 @@ class _Passes:
             if frames is not None:
                 frames.append(frame)
                 return
-            stale = [t for t in self._frames if t < task - 64]  # their backward raised: no callback ran
+            stale = [t for t in {*self._frames, *self._doubts} if t < task - 64]  # their backward raised: no callback
             for t in stale:
                 self._doubts.pop(t, None)
-                for old in self._frames.pop(t):
+                for old in self._frames.pop(t, []):
                     old.end()
             self._frames[task] = [frame]
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self.finish(task))
 
-    def doubt(self, pair: Pair, judge: Callable[[float], None]) -> None:
-        """Compare what the canary took: on a device at the end of the pass that runs, else at once.
+    def judge(self, seen: float | list[Pair], judge: Callable[[float], None]) -> None:
+        """Act on what `Samples.compare` found: on a device at the end of the pass that runs, else at once.
 
         Args:
-            pair: What a value shows now, and what it showed in the forward.
-            judge: Called with the distance in units in the last place, if they differ.
+            seen: A distance, or what has still to be compared.
+            judge: Called with the distance in units in the last place, if there is one.
         """
-        task = torch._C._current_graph_task_id()
-        if task == -1 or pair[0].device.type == "cpu":
-            doubts = Doubts()
-            doubts.add(pair, judge)
-            _settle(doubts)
+        if isinstance(seen, float):
+            judge(seen)
             return
+        task = torch._C._current_graph_task_id()
+        now = task == -1 or seen[0][0].device.type == "cpu"
         with self._lock:
-            self._doubts.setdefault(task, Doubts()).add(pair, judge)
+            doubts = Doubts() if now else self._doubts.setdefault(task, Doubts())
+            for pair in seen:
+                doubts.add(pair, judge)
+        if now:
+            _settle(doubts)
 
     def settle(self) -> None:
         """Compare now: an optimizer is about to step, perhaps in the middle of a pass."""
@@ -84,10 +87,9 @@ class _Passes:
         _settle(doubts)
 
     def clear(self) -> None:
-        """Forget what was cached for passes that never ended."""
+        """Forget what was cached for passes that never ended; of doubts not, another thread's may still be running."""
         with self._lock:
             failed, self._frames = self._frames, {}
-            self._doubts = {}
         for frames in failed.values():
             for frame in frames:
                 frame.end()
